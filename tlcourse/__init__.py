@@ -1,0 +1,52 @@
+"""tlcourse: the helper library of the transfer learning course.
+
+Names load on first use, so ``import tlcourse`` is immediate and brings in no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_HOME = {
+    "setup": "runtime",
+    "TrainConfig": "config",
+    "load_task": "datasets",
+    "load_backbone": "backbones",
+    "Classifier": "backbones",
+    "save_model": "backbones",
+    "load_model": "backbones",
+    "freeze": "freezing",
+    "unfreeze": "freezing",
+    "fit": "train",
+    "evaluate": "evaluation",
+    "predict": "evaluation",
+    "extract_features": "probing",
+    "linear_probe": "probing",
+    "knn": "probing",
+    "compare": "comparing",
+    "check": "checks",
+    "quiz": "quizzes",
+}
+_MODULES = (
+    "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets", "evaluation",
+    "freezing", "plots", "probing", "runtime", "sources", "train", "widgets",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tlcourse.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"tlcourse.{name}")
+    raise AttributeError(f"tlcourse has no name {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])
+
+
+__all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
