@@ -1,0 +1,138 @@
+"""How much does pre-training on glyph scenes gain on wild digits, label by label?
+
+    python benchmarks/wild_digits.py [--task wild_digits] [--only ARM ...] [--counts 5 10]
+
+Each arm's learning rate is chosen on the validation split of one extra draw of labels; five
+other draws are then measured on the test split, paired across arms. Writes
+``data/results/TASK.json``; arms not named by ``--only`` keep what is recorded there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tlcourse.arms import Outcome, pixels, probe, train_all
+from tlcourse.backbones import load_backbone
+from tlcourse.comparing import Comparison, compare
+from tlcourse.config import TrainConfig
+from tlcourse.datasets import Task, load_task
+from tlcourse.locations import data_dir
+
+COUNTS = (2, 5, 10, 20, 50)
+TUNING_DRAW = 1_000
+# What is tuned: peak learning rate, for a number of steps. `fit` keeps the weights of the step
+# that was best on validation, so a run that should have been shorter is cut there.
+SCRATCH_GRID = ((1e-3, 1500), (3e-3, 1500))
+TRANSFER_GRID = ((3e-4, 300), (1e-3, 300))
+Arm = Callable[[Task, int, tuple[float, int]], Outcome]
+
+
+def config(setting: tuple[float, int], seed: int) -> TrainConfig:
+    lr, num_steps = setting
+    return TrainConfig(
+        lr=lr, num_steps=num_steps, weight_decay=0.02, warmup_steps=20, seed=seed,
+        eval_every_steps=50 if num_steps < 1000 else 150, precision="bf16",
+        progress=False,
+    )  # fmt: skip
+
+
+def scratch(augment: bool) -> Arm:
+    def arm(task: Task, seed: int, setting: tuple[float, int]) -> Outcome:
+        backbone = load_backbone("glyphnet", False, seed)
+        return train_all(task, backbone, config(setting, seed), augment=augment)
+
+    return arm
+
+
+def from_checkpoint(name: str, probe_first: bool) -> Arm:
+    def arm(task: Task, seed: int, setting: tuple[float, int]) -> Outcome:
+        return train_all(task, load_backbone(name), config(setting, seed), probe_first)
+
+    return arm
+
+
+def frozen(name: str, pretrained: bool) -> Arm:
+    def arm(task: Task, seed: int, setting: tuple[float, int]) -> Outcome:
+        return probe(task, load_backbone(name, pretrained, seed))
+
+    return arm
+
+
+# arm -> (function, settings to choose from)
+ARMS: dict[str, tuple[Arm, tuple[tuple[float, int], ...]]] = {
+    "pixels": (lambda task, seed, setting: pixels(task), ((0.0, 0),)),
+    "random features": (frozen("glyphnet", False), ((0.0, 0),)),
+    "scratch": (scratch(True), SCRATCH_GRID),
+    "scratch, no augmentation": (scratch(False), SCRATCH_GRID),
+    "probe": (frozen("glyphnet", True), ((0.0, 0),)),
+    "fine-tune": (from_checkpoint("glyphnet", False), TRANSFER_GRID),
+    "probe, then fine-tune": (from_checkpoint("glyphnet", True), TRANSFER_GRID),
+    "probe, then fine-tune (seed 1)": (from_checkpoint("glyphnet_seed1", True), TRANSFER_GRID),
+    "probe, then fine-tune (seed 2)": (from_checkpoint("glyphnet_seed2", True), TRANSFER_GRID),
+}
+
+
+def tune(name: str, task_name: str, count: int) -> tuple[float, int]:
+    """The setting with the best validation accuracy on a draw that is not measured."""
+    arm, settings = ARMS[name]
+    if len(settings) == 1:
+        return settings[0]
+    task = load_task(task_name, count, TUNING_DRAW)
+    tried = {s: arm(task, TUNING_DRAW, s).val_accuracy for s in settings}
+    print(f"{name}, {count} labels: " + ", ".join(f"{s}: {a:.3f}" for s, a in tried.items()))
+    return max(tried, key=lambda setting: tried[setting])
+
+
+def measure(names: list[str], task_name: str, count: int, draws: int) -> dict:
+    """Scores of each arm on each draw, with the settings that were chosen."""
+    settings = {name: tune(name, task_name, count) for name in names}
+
+    def run(name: str, seed: int) -> float:
+        task = load_task(task_name, count, seed)
+        return ARMS[name][0](task, seed, settings[name]).test_accuracy
+
+    arms = {name: lambda seed, name=name: run(name, seed) for name in names}
+    found = compare(arms, draws, progress=False)
+    return {"scores": found.scores, "seconds": found.seconds, "settings": settings,
+            "versions": found.versions}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="wild_digits")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    out = arguments.out or data_dir() / "results" / f"{arguments.task}.json"
+    for count in arguments.counts:
+        found = measure(arguments.only, arguments.task, count, arguments.draws)
+        # Read again each time: another process may have added its arms meanwhile.
+        recorded = json.loads(out.read_text("utf-8")) if out.is_file() else {"counts": {}}
+        entry = recorded["counts"].setdefault(
+            str(count), {"scores": {}, "seconds": {}, "settings": {}}
+        )
+        for key in ("scores", "seconds", "settings"):
+            entry[key] |= found[key]
+        recorded["counts"] = dict(sorted(recorded["counts"].items(), key=lambda item: int(item[0])))
+        recorded |= {
+            "command": f"python benchmarks/wild_digits.py --task {arguments.task}",
+            "task": arguments.task, "test_images": len(load_task(arguments.task).test),
+            "versions": found["versions"], "threads": arguments.threads,
+        }  # fmt: skip
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+        print(f"\n{count} labels per class")
+        print(Comparison(entry["scores"]).table(next(iter(entry["scores"]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

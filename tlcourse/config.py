@@ -1,0 +1,135 @@
+"""What can be set about a training run: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["cosine", "constant"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Monitor = Literal["val_loss", "val_accuracy"]
+Tracker = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one call of ``tl.fit``. Make a changed copy with ``dataclasses.replace``.
+
+    A *step* is one update of the weights; an *epoch* is one pass over the training loader.
+    Give exactly one of ``num_steps`` and ``num_epochs``.
+
+    Attributes:
+        lr: peak learning rate, > 0.
+        head_lr: peak learning rate of the head, > 0; None: the same as ``lr``.
+        num_steps: length of the run in steps, >= 1.
+        num_epochs: length of the run in epochs, >= 1.
+        weight_decay: >= 0; decoupled for adamw (Loshchilov & Hutter 2019, arXiv:1711.05101),
+            the gradient of an L2 penalty for sgd. Biases and norm scales have none.
+        optimizer: "adamw" or "sgd".
+        momentum: of sgd, in [0, 1).
+        warmup_steps: steps of linear warm-up, >= 0 and shorter than the run.
+        schedule: after the warm-up, "cosine" down to zero or "constant".
+        max_grad_norm: gradients are scaled down to this L2 norm, > 0; None: never.
+        label_smoothing: in [0, 1); for the training loss only.
+        precision: "auto" takes what the device does well ("fp32" on a CPU).
+        accumulation_steps: micro-batches (batches of the loader) per step, >= 1.
+        eval_every_steps: steps between evaluations, >= 1; None: once per epoch.
+        patience: evaluations without improvement before the run stops, >= 1; None: never.
+        monitor: which validation number says "best": "val_loss" or "val_accuracy".
+        log_to: None, "tensorboard" or "wandb".
+        log_dir: folder in which each logged run gets a folder of its own.
+        progress: show a progress bar.
+        seed: seeds dropout and whatever else draws from torch's generators in the run.
+
+    Raises:
+        ValueError: names the setting, the value and what was expected.
+        TypeError: if a number is not a number, or a count is not an int.
+    """
+
+    lr: float = 1e-3
+    head_lr: float | None = None
+    num_steps: int | None = None
+    num_epochs: int | None = None
+    weight_decay: float = 0.01
+    optimizer: Optimizer = "adamw"
+    momentum: float = 0.9
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    max_grad_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    precision: Precision = "auto"
+    accumulation_steps: int = 1
+    eval_every_steps: int | None = None
+    patience: int | None = None
+    monitor: Monitor = "val_loss"
+    log_to: Tracker | None = None
+    log_dir: str = "runs"
+    progress: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                "give exactly one of num_steps and num_epochs, "
+                f"got num_steps={self.num_steps} and num_epochs={self.num_epochs}"
+            )
+        for name in ("lr", "head_lr", "max_grad_norm"):
+            _check_number(name, getattr(self, name), above=0.0, optional=name != "lr")
+        _check_number("weight_decay", self.weight_decay, least=0.0)
+        _check_number("momentum", self.momentum, least=0.0, below=1.0)
+        _check_number("label_smoothing", self.label_smoothing, least=0.0, below=1.0)
+        for name in ("num_steps", "num_epochs", "eval_every_steps", "patience"):
+            _check_count(name, getattr(self, name), least=1, optional=True)
+        _check_count("accumulation_steps", self.accumulation_steps, least=1)
+        _check_count("warmup_steps", self.warmup_steps, least=0)
+        _check_count("seed", self.seed, least=0)
+        if self.num_steps is not None and self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"warmup_steps must be less than num_steps={self.num_steps}, "
+                f"got {self.warmup_steps}"
+            )
+        _check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        _check_choice("schedule", self.schedule, get_args(Schedule))
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("monitor", self.monitor, get_args(Monitor))
+        _check_choice("log_to", self.log_to, (None, *get_args(Tracker)))
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float = math.inf,
+    optional: bool = False,
+) -> None:
+    """Refuse what is not a finite number in the range; the error shows the range."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    value = float(value)
+    low_ok = (above is None or value > above) and (least is None or value >= least)
+    if not (math.isfinite(value) and low_ok and value < below):
+        wanted = f"> {above:g}" if above is not None else f">= {least:g}"
+        wanted += f" and < {below:g}" if math.isfinite(below) else ""
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def _check_count(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")

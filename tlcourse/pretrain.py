@@ -1,0 +1,149 @@
+"""Rebuild the embedded checkpoints: ``tlcourse pretrain NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlcourse import backbones
+from tlcourse.backbones import Backbone, Classifier, GlyphNet, Preprocess, checkpoint_path
+from tlcourse.config import TrainConfig
+from tlcourse.runtime import default_device
+from tlcourse.sources import GlyphScenes
+from tlcourse.train import History, fit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one checkpoint is made.
+
+    Attributes:
+        seed: of the initial weights and of the scenes.
+        num_steps: updates of the weights.
+        batch_size: scenes in each step.
+        lr: peak learning rate of AdamW, with warm-up and cosine.
+    """
+
+    seed: int
+    num_steps: int = 12_000
+    batch_size: int = 96
+    lr: float = 2e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 300
+    label_smoothing: float = 0.05
+
+
+RECIPES = {
+    "glyphnet": Recipe(seed=0),
+    "glyphnet_seed1": Recipe(seed=1),
+    "glyphnet_seed2": Recipe(seed=2),
+}
+VAL_SEED, TEST_SEED = 9_001, 9_002
+
+
+def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None) -> Path:
+    """Pre-train a backbone on glyph scenes; write the checkpoint and its card.
+
+    Args:
+        name: a key of ``RECIPES``.
+        num_steps: at least 1, overrides the recipe (a short run tests the path); such a
+            checkpoint goes to ``folder`` only.
+        folder: where to write; None is ``data/checkpoints``.
+
+    Returns:
+        the path of the safetensors file; the card is beside it, as JSON.
+
+    Raises:
+        ValueError: for an unknown name, or a shortened run without a folder.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown checkpoint {name!r}; choose one of {', '.join(RECIPES)}")
+    if num_steps is not None and folder is None:
+        raise ValueError("a shortened run needs --out FOLDER, so that it replaces nothing shipped")
+    recipe = RECIPES[name]
+    steps = num_steps or recipe.num_steps
+    torch.manual_seed(recipe.seed)
+    body = GlyphNet()
+    backbone = Backbone(body, name, body.feature_dim, Preprocess(32))
+    model = Classifier(backbone, GlyphScenes.num_classes).to(default_device())
+    config = TrainConfig(
+        lr=recipe.lr,
+        num_steps=steps,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=min(recipe.warmup_steps, steps // 10),
+        label_smoothing=recipe.label_smoothing,
+        precision="bf16",
+        eval_every_steps=max(1, steps // 20),
+        monitor="val_accuracy",
+        seed=recipe.seed,
+    )
+    # Scenes for training, choosing the step and the card come from different seeds.
+    train = GlyphScenes(steps, recipe.batch_size, seed=100 + recipe.seed)
+    history = fit(model, train, GlyphScenes(8, 250, VAL_SEED, fixed=True), config)
+    path = (folder / f"{name}.safetensors") if folder else checkpoint_path(name)
+    backbones.save_model(body, path)
+    card = make_card(name, recipe, history, model, path)
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def make_card(
+    name: str, recipe: Recipe, history: History, model: Classifier, path: Path
+) -> dict[str, Any]:
+    """The card of a checkpoint: data, command, seed, steps, machine, metrics, licence, sha256."""
+    from tlcourse.evaluation import evaluate
+
+    steps = len(history.step)
+    result = evaluate(model, GlyphScenes(20, 250, TEST_SEED, fixed=True))
+    shortened = f" --steps {steps} --out FOLDER" if steps != recipe.num_steps else ""
+    return {
+        "name": name,
+        "architecture": "GlyphNet, widths 32-32-64-128, GroupNorm",
+        "num_parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "trained_on": f"glyph scenes, {GlyphScenes.num_classes} classes, made by tlcourse.sources "
+        "from matplotlib's fonts over scikit-learn's photograph china.jpg",
+        "command": f"tlcourse pretrain {name}{shortened}",
+        "seed": recipe.seed,
+        "num_steps": steps,
+        "best_step": history.best_step,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.lr,
+        "source_test_accuracy": round(result.accuracy, 4),
+        "source_test_interval_95": [round(result.interval.low, 4), round(result.interval.high, 4)],
+        "val_accuracy_by_step": dict(
+            zip(history.eval_step, (round(a, 4) for a in history.val_accuracy), strict=True)
+        ),
+        "machine": f"{platform.machine()} {default_device().type}, "
+        f"{torch.get_num_threads()} thread(s), bf16, torch {torch.__version__.partition('+')[0]}",
+        "minutes": round(history.seconds / 60, 1),
+        "licence": "CC0-1.0 (the weights; fonts and photographs keep their own licences)",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: ``tlcourse pretrain NAME [--steps N --out FOLDER]``."""
+    parser = argparse.ArgumentParser(prog="tlcourse pretrain", description=__doc__)
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--steps", type=int, help="a shortened run; needs --out")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: data/checkpoints)")
+    arguments = parser.parse_args(argv)
+    try:
+        path = pretrain(arguments.name, arguments.steps, arguments.out)
+    except ValueError as error:
+        print(f"tlcourse pretrain: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

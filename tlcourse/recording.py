@@ -1,0 +1,285 @@
+"""A run besides its loop: the plan made before it, the record kept of it, its best weights."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tlcourse import runtime, tracking
+from tlcourse.config import TrainConfig
+from tlcourse.evaluation import score
+from tlcourse.inference import Loader, check_targets, device_of
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_STEPS_PER_LOOK = {"cpu": 1}  # where a look at the loss is free
+_INTERRUPTS_RAISE: ContextVar[bool] = ContextVar("interrupts_raise", default=False)
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        step: 1, 2, ..., one entry per update of the weights.
+        train_loss: mean training loss over the examples of each step, before its update.
+        lr: learning rate of each step (of the head, if it has its own and learns alone).
+        eval_step: steps after which the validation set was read.
+        val_loss: mean cross-entropy per validation example, at each ``eval_step``.
+        val_accuracy: fraction of the validation examples, likewise.
+        best_step: the ``eval_step`` whose weights the model has now; None: those of the last
+            step.
+        seconds: wall time of the run.
+        stop_reason: "finished", "patience" (see ``TrainConfig``) or "interrupted" (by Ctrl-C).
+    """
+
+    step: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    eval_step: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_accuracy: list[float] = field(default_factory=list)
+    best_step: int | None = None
+    seconds: float = 0.0
+    stop_reason: Literal["finished", "patience", "interrupted"] = "finished"
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended because the validation number no longer improved."""
+        return self.stop_reason == "patience"
+
+    def __repr__(self) -> str:
+        text = f"History({len(self.step)} steps in {self.seconds:.1f} s, {self.stop_reason}"
+        if self.best_step is not None:
+            at = self.eval_step.index(self.best_step)
+            text += f"; best step {self.best_step}: val_loss {self.val_loss[at]:.4f}, "
+            text += f"val_accuracy {self.val_accuracy[at]:.4f}"
+        return text + ")"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss, or a weight, became NaN or infinite. ``history`` holds the run up to there."""
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+@contextmanager
+def interrupts_raise() -> Iterator[None]:
+    """Inside, Ctrl-C in ``fit`` still keeps the best weights, but then ends the caller too."""
+    token = _INTERRUPTS_RAISE.set(True)
+    try:
+        yield
+    finally:
+        _INTERRUPTS_RAISE.reset(token)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from model, loader and config before the first step."""
+
+    config: TrainConfig
+    device: torch.device
+    dtype: torch.dtype
+    num_steps: int
+    steps_per_epoch: int
+
+    def lr_factor(self, step: int) -> float:
+        return lr_factor(step, self.num_steps, self.config.warmup_steps, self.config.schedule)
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        dtype = self.dtype if enabled else None
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.config.eval_every_steps or self.steps_per_epoch
+        return step % every == 0 or step == self.num_steps
+
+
+def lr_factor(step: int, num_steps: int, warmup_steps: int, schedule: str) -> float:
+    """What the learning rate is multiplied by.
+
+    Linear warm-up, then constant or half a cosine (Loshchilov & Hutter 2017, equation 5,
+    without restarts, arXiv:1608.03983).
+
+    Args:
+        step: updates made so far, from 0.
+        num_steps: length of the run; the factor would reach 0 at this step.
+        warmup_steps: factor (step + 1) / warmup_steps until it is 1.
+        schedule: "cosine" or "constant".
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_plan(
+    model: nn.Module, train_loader: Loader, val_loader: Loader | None, config: TrainConfig
+) -> Plan:
+    """Check that the run can work, and count its steps.
+
+    Raises:
+        ValueError: as ``fit`` says.
+        TypeError: if a loader has no length.
+    """
+    for name, loader in (("training", train_loader), ("validation", val_loader)):
+        if loader is None:
+            continue
+        if not hasattr(loader, "__len__"):
+            raise TypeError(f"the {name} loader must have a length, got {type(loader).__name__}")
+        if len(loader) == 0:
+            raise ValueError(f"the {name} loader is empty: its length is 0")
+    if config.patience is not None and val_loader is None:
+        raise ValueError(f"patience={config.patience} needs a val_loader, got None")
+    steps_per_epoch = math.ceil(len(train_loader) / config.accumulation_steps)
+    num_steps = config.num_steps or (config.num_epochs or 0) * steps_per_epoch
+    if config.warmup_steps >= num_steps:
+        raise ValueError(
+            f"warmup_steps must be less than the {num_steps} steps of the run, "
+            f"got {config.warmup_steps}"
+        )
+    device, precision = device_of(model), str(config.precision)
+    dtype = _DTYPES[runtime.default_precision(device) if precision == "auto" else precision]
+    return Plan(config, device, dtype, num_steps, steps_per_epoch)
+
+
+class Recorder:
+    """Keeps the history and the best weights of a run, and decides when it ends.
+
+    Losses stay on the device and are looked at every so many steps, as each look makes the
+    CPU wait for a GPU.
+    """
+
+    def __init__(
+        self, model: nn.Module, val_loader: Loader | None, config: TrainConfig, plan: Plan
+    ) -> None:
+        self.model, self.val_loader, self.config, self.plan = model, val_loader, config, plan
+        self.history = History()
+        self.best_weights = self._copy_weights()
+        self.pending: list[torch.Tensor] = []
+        self.done = 0
+        self.since_best = 0
+
+    def __enter__(self) -> Recorder:
+        with ExitStack() as cleanup:  # undone at once if the tracker's package is missing
+            cleanup.callback(self.model.eval)
+            self.tracker = tracking.make_tracker(self.config)
+            cleanup.callback(self.tracker.close)
+            bar = tracking.progress_bar(self.plan.num_steps, self.config.progress)
+            self.bar = cleanup.enter_context(bar)
+            self.cleanup = cleanup.pop_all()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> bool:
+        interrupted = kind is KeyboardInterrupt
+        self.history.seconds = time.perf_counter() - self.start
+        with self.cleanup:
+            if kind is None or interrupted:
+                self._finish(interrupted)
+        return interrupted and not _INTERRUPTS_RAISE.get()
+
+    def check_labels(self, targets: torch.Tensor, logits: torch.Tensor) -> None:
+        """``check_targets``; labels on a GPU are looked at in the first epoch only."""
+        if targets.device.type == "cpu" or self.done < self.plan.steps_per_epoch:
+            check_targets(targets, logits)
+
+    def record(self, loss: torch.Tensor, lr: float) -> None:
+        """Take the loss of the step just made, and the learning rate it was made with."""
+        self.done += 1
+        self.pending.append(loss)
+        self.history.step.append(self.done)
+        self.history.lr.append(lr)
+        if len(self.pending) >= _STEPS_PER_LOOK.get(self.plan.device.type, 20):
+            self._look_at_losses()
+        self.bar.update()
+
+    def should_stop(self) -> bool:
+        """Evaluate if it is time to; True if patience has run out."""
+        if self.val_loader is None or not self.plan.evaluates_after(self.done):
+            return False
+        self._look_at_losses()
+        with self.plan.autocast():
+            loss, accuracy = score(self.model, self.val_loader)
+        if not math.isfinite(loss):
+            self._diverge(f"the validation loss became {loss}", self.done)
+        history = self.history
+        history.eval_step.append(self.done)
+        history.val_loss.append(loss)
+        history.val_accuracy.append(accuracy)
+        self.tracker.log(self.done, **{"val/loss": loss, "val/accuracy": accuracy})
+        self.since_best += 1
+        if self._is_best():
+            self.since_best, history.best_step = 0, self.done
+            self.best_weights = self._copy_weights()
+        if self.config.patience is not None and self.since_best >= self.config.patience:
+            history.stop_reason = "patience"
+        return history.stopped_early
+
+    def _is_best(self) -> bool:
+        values = getattr(self.history, self.config.monitor)
+        if self.config.monitor == "val_accuracy":
+            return values[-1] > max(values[:-1], default=-math.inf)
+        return values[-1] < min(values[:-1], default=math.inf)
+
+    def _look_at_losses(self) -> None:
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        history = self.history
+        for loss in losses:
+            history.train_loss.append(loss)
+            step = len(history.train_loss)
+            if not math.isfinite(loss):
+                self._diverge(f"the training loss became {loss}", step)
+            self.tracker.log(step, **{"train/loss": loss, "train/lr": history.lr[step - 1]})
+        if losses:
+            self.bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+
+    def _finish(self, interrupted: bool) -> None:
+        if interrupted:
+            self.history.stop_reason = "interrupted"
+            print(f"Interrupted after step {self.done}.", file=sys.stderr)
+        self._look_at_losses()
+        if self.history.best_step is not None:
+            self._restore(self.best_weights)
+        elif not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            self._diverge("a weight became NaN or infinite", self.done)
+
+    def _diverge(self, problem: str, step: int) -> None:
+        self._restore(self.best_weights)
+        best = self.history.best_step
+        kept = "from before training" if best is None else f"of step {best}"
+        raise TrainingDiverged(
+            f"{problem} at step {step} of {self.plan.num_steps}, "
+            f"lr {self.history.lr[step - 1]:.3g}; the model has the weights {kept} again. "
+            "Try a smaller lr, a warm-up, or max_grad_norm.",
+            self.history,
+        )
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """All that training can change: trainable parameters and buffers."""
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return trainable | dict(self.model.named_buffers())
+
+    def _copy_weights(self) -> dict[str, torch.Tensor]:
+        return {n: t.detach().to("cpu", copy=True) for n, t in self._weights().items()}
+
+    def _restore(self, saved: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._weights().items():
+                if name in saved:
+                    tensor.copy_(saved[name])
