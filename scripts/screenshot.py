@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
-
 import lab
 
 _TOOLBARS = 110  # pixels that menu and toolbar take at most
@@ -32,23 +30,26 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280, help="in pixels")
     parser.add_argument("--height", type=int, default=1600, help="in pixels, of each picture")
     arguments = parser.parse_args()
-    if not lab.chromium():
-        sys.exit("Chromium is missing; on Debian or Ubuntu: apt-get install chromium")
+    executable = lab.chromium()
+    if executable is None:
+        sys.exit("no Chromium: apt-get install chromium, or set TLCOURSE_CHROMIUM to a browser")
     if not arguments.notebook.is_file():
         sys.exit(f"no such notebook: {arguments.notebook}")
-    for path in take(arguments):
+    for path in take(arguments, executable):
         print(path)
 
 
-def take(arguments: argparse.Namespace) -> list[Path]:
+def take(arguments: argparse.Namespace, executable: str) -> list[Path]:
     """Open, run if asked, and save the pictures; returns their paths."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(arguments.notebook, folder)
         theme = "dark" if arguments.dark else "light"
         with (
             lab.server(Path(folder), theme) as (address, token),
-            lab.browser_page(arguments.width, arguments.height) as page,
+            lab.browser(executable) as browser,
         ):
+            size = {"width": arguments.width, "height": arguments.height}
+            page = browser.new_page(viewport=size)
             notebook = lab.Notebook(page, address, token)
             notebook.open(arguments.notebook.name, simple=True)
             if arguments.run:
@@ -79,8 +80,15 @@ def save(notebook: lab.Notebook, arguments: argparse.Namespace) -> list[Path]:
         page.wait_for_timeout(150)
         height = min(seen["height"] - before, total - top)
         path = out.with_name(f"{out.stem}-{number}.png")
-        clip = {"x": seen["x"], "y": seen["y"] + before, "width": seen["width"], "height": height}
-        page.screenshot(path=path, clip=clip)
+        page.screenshot(
+            path=path,
+            clip={
+                "x": seen["x"],
+                "y": seen["y"] + before,
+                "width": seen["width"],
+                "height": height,
+            },
+        )
         paths.append(path)
     return paths
 

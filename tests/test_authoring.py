@@ -506,6 +506,23 @@ def test_edited_notebook_is_refused_and_kept(built: Path) -> None:
 
 
 @pytest.mark.build
+def test_notebook_run_by_hand_is_named_and_executed_again(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = product(built, "lesson")
+    nb = nbformat.read(path, as_version=4)
+    nbformat.write(nb, path)
+    assert check_products(built, [sample(built)]) == []  # saved, not run
+    nb.cells[2].outputs = []
+    nbformat.write(nb, path)
+    assert "was run or cleared by hand" in str(check_products(built, [sample(built)]))
+    ran = []
+    monkeypatch.setattr(authoring, "execute", lambda nb, name, root: ran.append(name) or 1.0)
+    rebuild(built)
+    assert ran == ["notebooks/part1_foundations/03_sample.ipynb"]
+
+
+@pytest.mark.build
 def test_missing_orphan_and_stale_pages_are_named(built: Path) -> None:
     product(built, "solution").unlink()
     shutil.copy(product(built, "exercise"), built / "notebooks/exercises/99_old.ipynb")

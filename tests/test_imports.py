@@ -57,7 +57,7 @@ import sys
 for name in {NOT_ON_A_BARE_MACHINE!r}:
     sys.modules[name] = None
 import torch, tlcourse as tl
-from tlcourse import backbones, datasets, evaluate, freezing, sources, train
+from tlcourse import backbones, datasets, evaluation, freezing, sources, train
 model = tl.Classifier(tl.load_backbone("glyphnet", pretrained=False), num_classes=3)
 inputs = torch.zeros(8, 3, 32, 32)
 targets = torch.arange(8) % 3

@@ -28,9 +28,7 @@ def _close_figures():
 
 def _t_interval(values):
     """scipy's own 95 % interval of a mean."""
-    return stats.t.interval(
-        0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
-    )
+    return stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
 
 
 def _history(best_step=20):
@@ -98,7 +96,9 @@ COLOUR_BLIND = {
 
 def _lab(linear):
     """CIE L*a*b* (D65) of linear RGB, shape (N, 3)."""
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
     x, y, z = np.cbrt(np.clip(linear @ to_xyz.T, 1e-6, None) / [0.9505, 1, 1.089]).T
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
@@ -159,7 +159,7 @@ def test_comparison_shows_every_draw_and_the_interval():
 
 
 def test_intervals_refuse_a_mean_outside():
-    with pytest.raises(ValueError, match="'a'.*0.7"):
+    with pytest.raises(ValueError, match=r"'a'.*0\.7"):
         plots.plot_intervals({"a": (0.7, 0.4, 0.6)})
     with pytest.raises(ValueError, match="at least one"):
         plots.plot_intervals({})
@@ -173,7 +173,7 @@ def test_history_marks_the_best_step():
     np.testing.assert_array_equal(lines["each step"].get_ydata(), history.train_loss)
     assert "best: step 20" in lines
     assert any(list(line.get_xdata()) == [20, 20] for line in loss.lines)
-    np.testing.assert_array_equal(rate.lines[0].get_ydata(), history.lr)
+    np.testing.assert_array_equal(rate.lines[-1].get_ydata(), history.lr)
 
 
 def test_history_without_validation():

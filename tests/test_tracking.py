@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tlcourse as tl
-from tlcourse import tracking
+from tlcourse import recording, tracking
 from tlcourse.config import TrainConfig
 
 BATCH = (torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
@@ -69,7 +69,11 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return calls
 
 
-def test_wandb_gets_config_numbers_and_an_end(wandb: list[tuple], tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps_per_look", [1, 20])
+def test_wandb_gets_config_numbers_and_an_end(
+    steps_per_look: int, wandb: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recording._STEPS_PER_LOOK, "cpu", steps_per_look)
     history = run(log_to="wandb", log_dir=str(tmp_path / "runs"))
     name, settings = wandb[0]
     assert name == "init" and settings["project"] == "tlcourse"

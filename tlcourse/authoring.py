@@ -23,7 +23,8 @@ from tlcourse import contents, locations
 from tlcourse.execution import BuildError, as_bytes, execute
 from tlcourse.lesson_rules import link_problems, source_problems
 from tlcourse.lessons import Kind, Lesson, SourceError, files_sha256, find_lessons
-from tlcourse.notebooks import cells_sha256, code_sha256, is_code, make
+from tlcourse.machine import core_count
+from tlcourse.notebooks import cells_sha256, code_sha256, is_code, make, outputs_sha256
 
 # Modules that no lesson can reach: a change there changes no output.
 _NOT_IN_LESSONS = ("authoring", "cli", "contents", "doctor", "execution", "first", "lesson_rules",
@@ -152,6 +153,7 @@ def _produce(lesson: Lesson, kind: Kind, options: Options) -> str:
     done = "written"
     if kind != "exercise":
         done = _fill(nb, old, lesson, kind, options)
+        nb.metadata.tlcourse.outputs_sha256 = outputs_sha256(nb)
     data = as_bytes(nb, lesson.product(kind).as_posix())
     if path.is_file() and path.read_bytes() == data:
         return "unchanged"
@@ -168,7 +170,7 @@ def _fill(
     info.environment_sha256 = environment_sha256(lesson.root)
     known = old.metadata.get("tlcourse", {}) if old is not None else {}
     same = all(known.get(k) == info[k] for k in ("code_sha256", "environment_sha256"))
-    if old is not None and same and not options.force:
+    if old is not None and same and _has_own_outputs(old) and not options.force:
         _copy_outputs(old, nb)
         return "outputs kept"
     if not options.execute:
@@ -221,13 +223,19 @@ def _edited(nb: NotebookNode) -> bool:
     return nb.metadata.get("tlcourse", {}).get("cells_sha256") != cells_sha256(nb)
 
 
+def _has_own_outputs(nb: NotebookNode) -> bool:
+    """False if a person has run the notebook, or cleared it, and saved it."""
+    return nb.metadata.tlcourse.get("outputs_sha256") == outputs_sha256(nb)
+
+
 def _product_problems(lesson: Lesson, kind: Kind) -> list[str]:
     product = lesson.product(kind).as_posix()
     nb = read(lesson.root / product)
     if nb is None:
         return [f"{product} is missing; run `tlcourse build {lesson.number}`"]
     if _edited(nb):
-        return [f"{product} was edited by hand; edit {nb.metadata.tlcourse.source} instead"]
+        source = lesson.source(kind).relative_to(lesson.root).as_posix()
+        return [f"{product} was edited by hand; edit {source} instead"]
     try:
         fresh = make(lesson, kind)
     except SourceError as error:
@@ -243,6 +251,8 @@ def _product_problems(lesson: Lesson, kind: Kind) -> list[str]:
         return [f"{product} holds outputs; an exercise has none"] if outputs else []
     if not known.get("environment_sha256"):
         return [f"{product} is a draft without outputs; run `tlcourse build {lesson.number}`"]
+    if not _has_own_outputs(nb):
+        return [f"{product} was run or cleared by hand; run `tlcourse build {lesson.number}`"]
     return link_problems(nb, lesson.product(kind), lesson.root)
 
 
@@ -267,7 +277,7 @@ def machine() -> str:
     if cpus.is_file():
         names = [line for line in cpus.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
-    return f"{os.cpu_count()} cores, {name}"
+    return f"{core_count()} cores, {name}"
 
 
 def _chosen(lessons: list[Lesson], numbers: list[str]) -> list[Lesson]:

@@ -65,11 +65,12 @@ def run(scratch_steps: int) -> dict:
 
 def draw(outcomes: dict, path: Path) -> Path:
     """Write the picture of the intervals; returns its path."""
-    from tlcourse.plots import plot_intervals
+    from tlcourse.plots import plot_intervals, subplots
 
-    ax = plot_intervals(outcomes, xlabel="accuracy on 797 test images")
+    figure, ax = subplots(figsize=(7.0, 2.6))
+    plot_intervals(outcomes, xlabel="accuracy on 797 test images", ax=ax)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
 
 

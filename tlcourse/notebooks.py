@@ -182,6 +182,12 @@ def code_sha256(nb: NotebookNode, inputs: list[Path]) -> str:
     return _sha256([code, files_sha256(inputs[1:])])
 
 
+def outputs_sha256(nb: NotebookNode) -> str:
+    """A hash of all outputs: it tells whether somebody has run and saved the notebook."""
+    outputs = [[cell.outputs, cell.execution_count] for cell in nb.cells if is_code(cell)]
+    return _sha256([outputs, nb.metadata.get("widgets", {})])
+
+
 def is_code(cell: NotebookNode) -> bool:
     return cell.cell_type == "code"
 
@@ -289,4 +295,4 @@ def _bound_names(source: str) -> list[str]:
 
 
 def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -75,14 +75,14 @@ tl.plots.alt(axes, "Two rows of the digits 0 to 9, in many colours over patches 
 # scores, one for each digit. Both start at random, and both learn.
 
 # %%
-config = tl.TrainConfig(lr=3e-3, num_steps=200, warmup_steps=10, eval_every_steps=50)
+config = tl.TrainConfig(lr=3e-3, num_steps=120, warmup_steps=10, eval_every_steps=40)
 loaders = task.loaders(batch_size=32, augment=True, seed=0)
 
 scratch = tl.Classifier(tl.load_backbone("glyphnet", pretrained=False), num_classes=10)
 tl.fit(scratch, loaders.train, loaders.val, config)
 
 # %% [markdown]
-# `fit` shows the network 32 images at a time, 200 times, slightly turned and recoloured each time.
+# `fit` shows the network 32 images at a time, 120 times, slightly turned and recoloured each time.
 # The validation images, other digits again, decide which moment was best. Now the test.
 
 # %%
@@ -106,7 +106,7 @@ parts = [tl.extract_features(transfer.backbone, part) for part in (plain.train, 
 tl.linear_probe(parts[0], parts[1]).copy_to(transfer.head)
 
 # %%
-config = tl.TrainConfig(lr=1e-3, num_steps=150, warmup_steps=10, eval_every_steps=50)
+config = tl.TrainConfig(lr=1e-3, num_steps=80, warmup_steps=10, eval_every_steps=40)
 tl.fit(transfer, loaders.train, loaders.val, config)
 with_transfer = tl.evaluate(transfer, loaders.test)
 print("with transfer:", with_transfer.interval)
@@ -121,14 +121,14 @@ tl.plots.alt(ax, "Accuracy with 95 % intervals: transfer far to the right of scr
 
 # %% [markdown]
 # How far off were your two guesses? Most people guess the first too high: fifty images are very
-# few for 336,000 weights. The claim of this lesson, as a line of code that would stop with an error
+# few for 310,000 weights. The claim of this lesson, as a line of code that would stop with an error
 # if it were false:
 
 # %%
 assert with_transfer.interval.low > from_scratch.interval.high + 0.2
 
 # %% [markdown]
-# What this does **not** show: it was one choice of 50 images, and scratch had only 200 steps and
+# What this does **not** show: it was one choice of 50 images, and scratch had only 120 steps and
 # one learning rate. Would it catch up if it were tuned, or had more images? A sceptic should ask
 # that, and lesson 01 answers it with five choices of images and a tuned opponent.
 

@@ -256,7 +256,7 @@ loaders = task.loaders(batch_size=32, augment=True, seed=0)
 
 def trained(pretrained, lr):
     model = tl.Classifier(tl.load_backbone("glyphnet", pretrained=pretrained), task.num_classes)
-    config = tl.TrainConfig(lr=lr, num_steps=200, warmup_steps=20, eval_every_steps=40)
+    config = tl.TrainConfig(lr=lr, num_steps=120, warmup_steps=20, eval_every_steps=30)
     return tl.fit(model, loaders.train, loaders.val, config)
 
 
@@ -268,11 +268,11 @@ for (name, history), marker in zip(histories.items(), "os", strict=True):
     ax.plot(history.eval_step, history.val_accuracy, marker=marker, label=name)
 ax.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1))
 ax.legend()
-plots.alt(ax, "Validation accuracy over 200 steps: fine-tuning climbs at once, scratch stays low")
+plots.alt(ax, "Validation accuracy over 120 steps: fine-tuning climbs at once, scratch stays low")
 
 # %% [markdown]
 # Fine-tuning climbs within the first steps; scratch is still looking for the mark in the picture.
-# But 200 steps are not 1,500. The fair comparison takes an hour on two cores, so it was run in
+# But 120 steps are not 1,500. The fair comparison takes an hour on two cores, so it was run in
 # advance by a program that you can run too, and its results came with the course:
 #
 # ```

@@ -629,8 +629,9 @@ for name, settings in methods.items():
 # %% [markdown]
 # ## 8. Bias against variance, from scratch and from $\theta_0$
 #
-# Predict: the variance curve of the run from $\theta_0$, compared with that from zero. Lower?
-# Higher? Elsewhere?
+# Predict three things before you look. Which of the two runs should stop first? At which end does
+# transfer have its advantage, after few steps or after many? And where is its variance curve,
+# above or below that of the run from scratch?
 
 # %%
 step_grid = np.unique(np.logspace(0, 3.5, 70).astype(int))
@@ -682,7 +683,7 @@ for name, (gap, _) in gaps.items():
     best_risk[name] = risk.min()
     print(f"{name:9} risk at the start {gap @ gap:.2f}, after 3,000 steps {risk[-1]:.2f}, "
           f"best {risk.min():.2f} after {step_grid[risk.argmin()]} steps")
-assert best_risk["transfer"] < 0.6 * best_risk["scratch"]
+assert best_risk["transfer"] < 0.8 * best_risk["scratch"]
 
 # %% [markdown]
 # Follow one solid curve from left to right. At first the bias is all there is. Every step buys a
@@ -913,9 +914,9 @@ assert gain["loud directions only"].low > 0
 #
 # A network has more weights than you have examples. Then some directions are not just quiet but
 # *silent*: $\lambda_j = 0$. Take 10 examples for our 20 weights; at least ten directions are
-# silent. (The labels are less noisy this time, $\sigma = 0.2$, so that what we see is not noise.)
-# We train from $\theta_0$ and do not stop early: without penalty, with weight decay to zero, with
-# L2-SP. And once from zero.
+# silent. We train from $\theta_0$ and do not stop early: without penalty, with weight decay to
+# zero, with L2-SP. And once from zero. (The lengths are 1 and 0.5 as before, averaged over 50 random
+# truths and errors. The labels are less noisy, $\sigma = 0.2$, so that what we see is not noise.)
 #
 # In section 3 the start did not matter in the end. Ask the boxed formula of section 6 before you
 # look: what becomes of a silent direction ($\lambda = z = 0$) without penalty? With decay to zero?
@@ -923,15 +924,19 @@ assert gain["loud directions only"].low > 0
 # %%
 n_few, alpha = 10, 0.05
 few_X = rng.normal(size=(n_few, d))
-few_eigenvalues, few_V = np.linalg.eigh(few_X.T @ few_X / n_few)
+few_eigenvalues = np.linalg.eigvalsh(few_X.T @ few_X / n_few)
 few_eigenvalues = np.where(few_eigenvalues < 1e-10, 0, few_eigenvalues)
-from_zero, from_0 = few_V.T @ -theta_star, few_V.T @ delta
-long_run = np.unique(np.logspace(0, 5.5, 120).astype(int))
+from_zero = -np.array([[unit_vector(rng, "anywhere")] for _ in range(50)])  # (50, 1, d)
+from_0 = 0.5 * np.array([[unit_vector(rng, "anywhere")] for _ in range(50)])
+long_run = np.unique(np.logspace(0, 5.5, 120).astype(int))[:, None]  # (steps, 1)
+
 
 # %%
 def risk_of(start, centre, alpha):
-    keep = (1 - 0.02 * (few_eigenvalues + alpha)) ** long_run[:, None]
-    return sum(error_parts(few_eigenvalues, keep, start, centre, alpha, 0.2, n_few)).sum(axis=1)
+    """Risk after each number of steps, averaged over 50 truths and errors."""
+    keep = (1 - 0.02 * (few_eigenvalues + alpha)) ** long_run
+    parts = error_parts(few_eigenvalues, keep, start, centre, alpha, 0.2, n_few)
+    return sum(parts).sum(axis=-1).mean(axis=0)
 
 
 runs = {
@@ -951,7 +956,7 @@ ax.set(xlabel="steps of gradient descent", ylabel="risk", ylim=(0, None))
 ax.legend(loc="upper right")
 plots.alt(figure, "Risk over steps. The runs from theta_0 fall to about 0.15. Without penalty and "
           "with L2-SP they stay near 0.2. With decay to zero the risk climbs after about 1,000 "
-          "steps and meets that of the run from zero, 0.52.")
+          "steps and meets that of the run from zero, 0.56.")
 
 # %% tags=["nbval-check-output"]
 print("silent directions:", (few_eigenvalues == 0).sum())
@@ -959,7 +964,7 @@ for name, (risk, *_) in runs.items():
     print(f"{name:26} best {risk.min():.2f}   in the end {risk[-1]:.2f}")
 end = {name: risk[-1] for name, (risk, *_) in runs.items()}
 assert abs(end["from θ₀, decay to zero"] - end["from zero, decay to zero"]) < 1e-6
-assert end["from θ₀, L2-SP"] < end["from zero, decay to zero"] - 0.15
+assert end["from θ₀, L2-SP"] < end["from zero, decay to zero"] - 0.2
 
 # %% [markdown]
 # In a silent direction the formula reads $e_t = r^t e_0 + (1 - r^t)\,c$ with $r = 1 - \eta\alpha$.
@@ -1017,59 +1022,59 @@ for name, vector in (("delta", difference), ("theta*", all_target)):
 # strongly correlated, so weights can be exchanged between them and the predictions hardly change.
 # (In our model the inputs had variance 1 in all directions, and the two measures were the same.)
 #
-# The prior says: each weight is the source's, give or take $\tau = 0.2$. That is a guess, and we
-# make it once. The source data give $\sigma^2$. Then $\alpha = \sigma^2/(n\tau^2)$, with nothing
-# tuned. Ridge towards zero is the control, and it is treated generously: it gets the best $\tau$
-# of four, *picked in hindsight on the test patients* for each $n$.
+# The prior says: each weight is the source's, give or take $\tau$. The source data give
+# $\sigma^2$, and then $\alpha = \sigma^2/(n\tau^2)$. Ridge is the same with a prior around zero.
+# Neither is favoured: both get the best of the same four $\tau$ for each $n$, *picked in hindsight
+# on the test patients*. The third arm does not train at all and takes $\theta_0$ as it is.
 
 # %%
-def patient_errors(task, n, draw, ridge_taus=(0.1, 0.2, 0.3, 0.5)):
-    """Mean squared errors on the patients not drawn: theta_0, L2-SP, ridge for each tau. (6,)"""
+TAUS = (0.1, 0.2, 0.3, 0.5)
+
+
+def patient_errors(task, n, draw):
+    """Squared error on patients not drawn: theta_0, then L2-SP, then ridge per tau. (9,)"""
     source_X, source_y, target_X, target_y = task
     weights, squares = np.linalg.lstsq(source_X, source_y)[:2]
     variance = squares[0] / (len(source_y) - 10)  # sigma^2: what the fit leaves unexplained
     order = np.random.default_rng(draw).permutation(len(target_y))
-    X, y = target_X[order[:n]], target_y[order[:n]]
-    fitted = [weights, l2sp(X, y, weights, variance / (n * 0.2**2))]
-    fitted += [l2sp(X, y, np.zeros(10), variance / (n * tau**2)) for tau in ridge_taus]
-    test_X, test_y = target_X[order[n:]], target_y[order[n:]]
-    return [np.mean((test_X @ w - test_y) ** 2) for w in fitted]
+    X, y, test = target_X[order[:n]], target_y[order[:n]], order[n:]
+    fitted = [weights]
+    for centre in (weights, np.zeros(10)):
+        fitted += [l2sp(X, y, centre, variance / (n * tau**2)) for tau in TAUS]
+    return [np.mean((target_X[test] @ w - target_y[test]) ** 2) for w in fitted]
 
 
 # %%
-label_counts = (5, 10, 20, 40, 80)
 advantage = {}
 for group in (1, 2):  # each group serves once as the source
     task = transfer_task(group)
     print(f"source: group {group}\n   n  theta_0  L2-SP  ridge   ridge - L2-SP, 95 % interval")
-    for count in label_counts:
-        errors = np.array([patient_errors(task, count, draw) for draw in range(100)])  # (100, 6)
-        ridge = errors[:, 2 + errors[:, 2:].mean(axis=0).argmin()]  # the best tau in hindsight
-        advantage[group, count] = mean_interval(ridge - errors[:, 1])
-        means = *errors.mean(axis=0)[:2], ridge.mean()
+    for count in (5, 10, 20, 40, 80):
+        errors = np.array([patient_errors(task, count, draw) for draw in range(100)])  # (100, 9)
+        near_source, near_zero = errors[:, 1:5], errors[:, 5:]
+        best = [part[:, part.mean(axis=0).argmin()] for part in (near_source, near_zero)]
+        advantage[group, count] = mean_interval(best[1] - best[0])
+        means = errors[:, 0].mean(), best[0].mean(), best[1].mean()
         print(f"{count:4}   ", "  ".join(f"{m:.3f}" for m in means), " ", advantage[group, count])
 
 # %% [markdown]
 # Both ways round, the pull to the source is worth most with few patients and fades as their number
 # grows, as the $1/n$ of section 4 promised. With 80 patients there is little or nothing left to
-# gain; with 5, hardly anything is lost by not training at all.
-#
-# Two grains of salt. The intervals are over 100 draws of the labelled patients; the people stay
-# the same. And the guess matters: set `0.2` to `0.3` and run again. The second source then loses
-# its lead at 10 and 20 patients against this generous control.
+# gain; with 5, little is lost by not training at all. (The intervals are over 100 draws of the
+# labelled patients; the people stay the same.)
 
 # %%
 for group in (1, 2):
     assert all(advantage[group, count].low > 0.01 for count in (5, 10, 20))
-    assert abs(advantage[group, 80].mean) < 0.03
+    assert abs(advantage[group, 80].mean) < 0.04
     assert advantage[group, 5].low > advantage[group, 40].high
 
 # %% [markdown]
 # ## 14. Where it fails
 #
-# - **Somebody must choose $\alpha$.** We picked best steps knowing the truth, and $\tau$ by
-#   guessing. The honest way is to let the few target examples choose. The cell below shows what
-#   that costs.
+# - **Somebody must choose $\alpha$.** Every best number above was picked knowing the truth or the
+#   test patients. The honest way is to let the few target examples choose. The cell below shows
+#   what that costs.
 # - **A network is not linear.** $H$ changes as the weights move, so the formulas hold near
 #   $\theta_0$ at best. Lesson 08 shows what a random head does to good features in the first steps,
 #   which no linear model with fixed features can show.
@@ -1082,8 +1087,8 @@ for group in (1, 2):
 
 # %% [markdown]
 # Leave-one-out: train on all patients but one, test on that one, in turn, and keep the best of 13
-# values of $\alpha$. `RidgeCV` does this in closed form. L2-SP again, with 10 and with 80
-# patients:
+# values of $\alpha$. `RidgeCV` does this in closed form. Predict: with 10 patients, does L2-SP
+# with an $\alpha$ chosen like this beat a $\tau$ that is simply guessed?
 
 # %%
 from sklearn.linear_model import RidgeCV
@@ -1101,19 +1106,20 @@ def tuned_error(task, n, draw):
 
 
 # %%
-task = transfer_task(source_group=1)
-price = {}
+task, price = transfer_task(source_group=1), {}
+print("error with tuned alpha minus error with guessed tau, 95 % interval")
 for count in (10, 80):
-    differences = [tuned_error(task, count, draw) - patient_errors(task, count, draw)[1]
-                   for draw in range(100)]
-    price[count] = mean_interval(differences)
-    print(f"{count} patients: tuned - guessed {price[count]}")
-assert price[10].low > 0.02 and abs(price[80].mean) < 0.03
+    tuned = np.array([tuned_error(task, count, draw) for draw in range(100)])
+    guessed = np.array([patient_errors(task, count, draw) for draw in range(100)])[:, 1:4]
+    for tau, errors in zip(TAUS, guessed.T, strict=False):
+        price[count, tau] = mean_interval(tuned - errors)
+        print(f"  {count} patients, tau = {tau}:  {price[count, tau]}")
+assert all(price[10, tau].low > 0 for tau in (0.1, 0.2, 0.3))
+assert all(abs(price[80, tau].mean) < 0.03 for tau in (0.1, 0.2, 0.3))
 
 # %% [markdown]
-# With 10 patients the choice itself is noise, and a guess made before seeing them does better.
-# With 80 the choice costs nothing. A prior is worth most exactly where you cannot afford to tune
-# it.
+# With 10 patients the choice itself is mostly noise, and every guess between 0.1 and 0.3 beats it.
+# With 80 it hardly matters. A prior is worth most exactly where you cannot afford to tune it.
 
 # %% [markdown]
 # ## 15. Explorer

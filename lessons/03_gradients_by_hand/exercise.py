@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Exercise 03. Gradients by hand
+# # Exercise 03: gradients by hand
 #
 # You are going to write the backward pass of a small network, one line at a time, with nothing
 # but numpy. By question 4 it learns to read handwritten digits from *your* gradients alone; by
@@ -132,7 +132,7 @@ if right_1 and right_2:
 # %% [markdown]
 # ## Question 3. The head (2 points)
 #
-# Logits from features: $Z = H V^\top + c$, with features $H\;(n, d)$, weight $V\;(K, d)$ and bias
+# Logits from features: $Z = H V^\top + c$, with features $H\;(n, m)$, weight $V\;(K, m)$ and bias
 # $c\;(K)$. Write $dV$ and $dc$. You may call your own `logit_gradient`.
 
 
@@ -141,13 +141,13 @@ def head_gradients(features, targets, weight, bias):
     """Gradients of the mean cross-entropy of a linear head.
 
     Args:
-        features: shape (n, d).
+        features: shape (n, m).
         targets: whole numbers from 0 to K - 1, shape (n,).
-        weight: shape (K, d).
+        weight: shape (K, m).
         bias: shape (K,).
 
     Returns:
-        dict with "weight", shape (K, d), and "bias", shape (K,).
+        dict with "weight", shape (K, m), and "bias", shape (K,).
     """
     ### BEGIN SOLUTION
     dlogits = logit_gradient(features @ weight.T + bias, targets)  # (n, K)
@@ -165,13 +165,13 @@ right_3 = tl.check("03.q3", head_gradients)
 # %%
 if right_3:
     first = head_gradients(images, digits, np.zeros((10, 64)), np.zeros(10))
-    fig, axes = tl.plots.subplots(1, 10, figsize=(10, 1.4))
+    fig, axes = tl.plots.subplots(1, 10, figsize=(10, 1.5))
     for label, (ax, row) in enumerate(zip(axes, -first["weight"], strict=True)):
-        ax.imshow(row.reshape(8, 8), cmap="PuOr_r", vmin=-0.02, vmax=0.02)
-        ax.set(title=label, xticks=[], yticks=[])
-    tl.plots.alt(
-        fig, "Ten 8 x 8 images, one per class: each shows its digit against the mean of all digits."
-    )
+        ax.imshow(row.reshape(8, 8), cmap="PuOr_r", vmin=-0.03, vmax=0.03)
+        ax.set_title(label)
+        ax.axis("off")
+    words = "Ten 8 x 8 images, one per class: each shows its digit against the mean of all digits."
+    tl.plots.alt(fig, words)
 
 # %% [markdown]
 # ## Question 4. Down through the backbone (4 points)
@@ -190,7 +190,7 @@ def backward(net, inputs, targets, frozen):
     """Gradients of the mean cross-entropy.
 
     Args:
-        net: dict with "W1" (k, d), "b1" (k,), "V" (K, k) and "c" (K,).
+        net: dict with "W1" (m, d), "b1" (m,), "V" (K, m) and "c" (K,).
         inputs: shape (n, d).
         targets: whole numbers from 0 to K - 1, shape (n,).
         frozen: True if the backbone, W1 and b1, is not trained.
@@ -199,8 +199,8 @@ def backward(net, inputs, targets, frozen):
         dict from name to gradient: "V" and "c", and also "W1" and "b1" unless frozen.
     """
     ### BEGIN SOLUTION
-    before = inputs @ net["W1"].T + net["b1"]  # U (n, k)
-    hidden = np.maximum(before, 0)  # H (n, k)
+    before = inputs @ net["W1"].T + net["b1"]  # U (n, m)
+    hidden = np.maximum(before, 0)  # H (n, m)
     dlogits = logit_gradient(hidden @ net["V"].T + net["c"], targets)  # (n, K)
     gradients = {"V": dlogits.T @ hidden, "c": dlogits.sum(axis=0)}
     if not frozen:
@@ -219,10 +219,10 @@ right_4 = tl.check("03.q4", backward)
 
 
 # %%
-def new_network(k=32, seed=0):
+def new_network(m=32, seed=0):
     rng = np.random.default_rng(seed)
-    W1, V = rng.normal(size=(k, 64)) / 8, rng.normal(size=(10, k)) / np.sqrt(k)
-    return {"W1": W1, "b1": np.zeros(k), "V": V, "c": np.zeros(10)}
+    W1, V = rng.normal(size=(m, 64)) / 8, rng.normal(size=(10, m)) / np.sqrt(m)
+    return {"W1": W1, "b1": np.zeros(m), "V": V, "c": np.zeros(10)}
 
 
 def accuracy(net, X, truth):
@@ -231,22 +231,27 @@ def accuracy(net, X, truth):
 
 
 # %%
+def learn(frozen):
+    """600 steps on 1,000 images; returns the network and its test accuracy after each step."""
+    net, curve = new_network(), []
+    for _ in range(600):
+        for name, gradient in backward(net, images[:1000], digits[:1000], frozen).items():
+            net[name] -= 0.5 * gradient
+        curve.append(accuracy(net, images[1000:], digits[1000:]))
+    return net, curve
+
+
+# %%
 if right_4:
+    net, everything = learn(frozen=False)
+    _, head_only = learn(frozen=True)
     fig, ax = tl.plots.subplots(figsize=(7, 3))
-    for frozen, color in ((True, ORANGE), (False, BLUE)):
-        net, curve = new_network(), []
-        for _ in range(600):
-            for name, gradient in backward(net, images[:1000], digits[:1000], frozen).items():
-                net[name] -= 0.5 * gradient
-            curve.append(accuracy(net, images[1000:], digits[1000:]))
-        label = "head only, random backbone" if frozen else "everything"
-        ax.plot(curve, color=color, marker="", label=f"{label}: {curve[-1]:.2f}")
+    ax.plot(everything, color=BLUE, label=f"everything: {everything[-1]:.2f}")
+    ax.plot(head_only, color=ORANGE, label=f"head on a random backbone: {head_only[-1]:.2f}")
     ax.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1))
     ax.legend(loc="lower right")
-    tl.plots.alt(
-        fig,
-        "Test accuracy over 600 steps: training everything ends above 0.9, the head alone well below.",
-    )
+    words = "Test accuracy over 600 steps: everything ends above 0.9, the head alone near 0.7."
+    tl.plots.alt(fig, words)
 
 # %% [markdown]
 # ## Question 5. The two thin matrices of LoRA (4 points)
@@ -306,40 +311,37 @@ def mirrored(X):
 
 
 # %%
-if right_4 and right_5:
-    rng, rank, alpha = np.random.default_rng(1), 4, 4.0
-    lora, score, size = {"A": rng.normal(size=(rank, 64)) / 8, "B": np.zeros((32, rank))}, [], []
-    X, t, X_test, t_test = (
-        mirrored(images[:100]),
-        digits[:100],
-        mirrored(images[1000:]),
-        digits[1000:],
-    )
-    for _ in range(400):
+def adapt(net, X, targets, rank=4, alpha=4.0, steps=400):
+    """Train LoRA on the first layer; returns accuracy and size of dA and dB at each step."""
+    rng = np.random.default_rng(1)
+    lora = {"A": rng.normal(size=(rank, 64)) / 8, "B": np.zeros((32, rank))}
+    score, size = [], []
+    for _ in range(steps):
         adapted = {**net, "W1": net["W1"] + alpha / rank * lora["B"] @ lora["A"]}
-        score.append(accuracy(adapted, X_test, t_test))
-        gradients = lora_gradients(X, arriving(adapted, X, t), lora["A"], lora["B"], alpha)
+        score.append(accuracy(adapted, mirrored(images[1000:]), digits[1000:]))
+        dU = arriving(adapted, X, targets)
+        gradients = lora_gradients(X, dU, lora["A"], lora["B"], alpha)
         size.append([np.linalg.norm(gradients[name]) for name in "AB"])
         for name in "AB":
             lora[name] -= 0.1 * gradients[name]
-    print(f"mirrored digits: {score[0]:.2f} before, {score[-1]:.2f} after; 384 numbers trained")
+    return score, np.array(size)
+
 
 # %%
 if right_4 and right_5:
-    fig, (left, right) = tl.plots.subplots(1, 2, figsize=(9, 2.9))
-    left.plot(score, color=GREEN, marker="")
+    score, size = adapt(net, mirrored(images[:100]), digits[:100])
+    fig, (left, right) = tl.plots.subplots(1, 2, figsize=(9, 3))
+    left.plot(score, color=GREEN)
     left.set(xlabel="step", ylabel="accuracy on mirrored digits", ylim=(0, 1))
-    for series, name, color in zip(
-        np.transpose(size), ("|dA|", "|dB|"), (ORANGE, BLUE), strict=True
-    ):
-        right.plot(series[:12], color=color, label=name)
-    right.set(xlabel="step (the first twelve)", ylabel="size of the gradient")
+    right.plot(size[:12, 0], color=ORANGE, label="dA")
+    right.plot(size[:12, 1], color=BLUE, label="dB")
+    right.set(xlabel="step (the first twelve)", ylabel="norm of the gradient")
     right.legend()
-    tl.plots.alt(
-        fig,
-        "Left: accuracy on mirrored digits rises from below one half to about 0.8. "
-        "Right: the gradient of A is zero at step 0 and then grows; that of B is not.",
+    words = (
+        "Left: accuracy rises from below 0.5 to about 0.8. Right: dA begins at zero, dB does not."
     )
+    tl.plots.alt(fig, words)
+    print(f"mirrored digits: {score[0]:.2f} before, {score[-1]:.2f} after; 384 numbers trained")
 
 # %% [markdown]
 # A network trained from scratch on those 100 images does about as well: these digits are easy.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 03. Gradients by hand
+# # 03 Gradients by hand
 #
 # Fine-tuning is nothing but gradients: a pre-trained weight moves because some derivative told it
 # to, and a frozen one stays because we threw its derivative away. Here you derive every one of
@@ -57,16 +57,17 @@ rng = np.random.default_rng(0)
 #
 # This is the whole network of the lesson: a backbone of two layers, a linear head, and a loss.
 # Values flow to the right (blue). Gradients flow back to the left (orange), along the same edges,
-# and at each weight a branch drops down to it. Everything we derive is one orange arrow.
+# and at each weight a branch drops down to it. Everything we derive is one orange arrow. (The
+# biases $b_1$, $b_2$ and $c$ sit beside their weights and are left out of the drawing.)
 #
 # | symbol | shape | meaning |
 # |---|---|---|
-# | $n,\ d,\ k,\ K$ | | images in the batch, pixels (64), hidden units, classes |
+# | $n,\ d,\ m,\ K$ | | images in the batch, pixels (64), hidden units, classes |
 # | $X$ | $(n, d)$ | the images, one per row |
-# | $W_1,\ b_1$ and $W_2,\ b_2$ | $(k, d),\ (k)$ and $(k, k),\ (k)$ | the backbone's weights and biases |
-# | $U_1,\ U_2$ | $(n, k)$ | sums before the activation, $U_1 = X W_1^\top + b_1$ |
-# | $H_1,\ H_2$ | $(n, k)$ | after it, $H = \max(U, 0)$; $H_2$ are the *features* |
-# | $V,\ c$ | $(K, k),\ (K)$ | the head |
+# | $W_1,\ b_1$ and $W_2,\ b_2$ | $(m, d),\ (m)$ and $(m, m),\ (m)$ | the backbone's weights and biases |
+# | $U_1,\ U_2$ | $(n, m)$ | sums before the activation, $U_1 = X W_1^\top + b_1$ |
+# | $H_1,\ H_2$ | $(n, m)$ | after it, $H = \max(U, 0)$; $H_2$ are the *features* |
+# | $V,\ c$ | $(K, m),\ (K)$ | the head |
 # | $Z$ | $(n, K)$ | logits, $Z = H_2 V^\top + c$ |
 # | $L$ | a number | the mean cross-entropy |
 #
@@ -77,8 +78,8 @@ rng = np.random.default_rng(0)
 
 # %% jupyter={"source_hidden": true}
 GREY = "#C8C8C8"
-NODES = {"X": "n, d", "U1": "n, k", "H1": "n, k", "U2": "n, k", "H2": "n, k", "Z": "n, K", "L": "1"}
-WEIGHTS = {"W1": ("U1", "k, d"), "W2": ("U2", "k, k"), "V": ("Z", "K, k")}
+NODES = {"X": "n, d", "U1": "n, m", "H1": "n, m", "U2": "n, m", "H2": "n, m", "Z": "n, K", "L": "1"}
+WEIGHTS = {"W1": ("U1", "m, d"), "W2": ("U2", "m, m"), "V": ("Z", "K, m")}
 OPERATIONS = ["linear", "ReLU", "linear", "ReLU", "linear", "cross-entropy"]
 
 
@@ -178,9 +179,8 @@ def sigmoid(z):
     return 0.5 * (1 + np.tanh(z / 2))  # the same function; no exp that could overflow
 
 
-def binary_loss(w, b, X, y):
-    """Mean binary cross-entropy: log(1 + e^z) - y z, with the exponent never positive."""
-    z = X @ w + b  # (n,)
+def binary_cross_entropy(z, y):
+    """Mean of log(1 + e^z) - y z, with an exponent that is never positive."""
     return np.mean(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - y * z)
 
 
@@ -213,9 +213,9 @@ words = "Mean three, mean eight, and minus the gradient: positive at the left of
 tl.plots.alt(fig, words)
 
 # %% [markdown]
-# (Orange: more ink there says "eight". Violet: more ink says "three".) The gradient found the difference between a three and an eight: the two strokes on the left that
-# close the loops. It had to: with $p - y = \pm\frac12$, the formula says "half the eights minus
-# half the threes".
+# (Orange: more ink there says "eight". Violet: more ink says "three".) The gradient found the
+# difference between a three and an eight: the two strokes on the left that close the loops. It
+# had to: with $p - y = \pm\frac12$, the formula says "half the eights minus half the threes".
 
 # %%
 half_the_difference = 0.5 * (y2 @ X2 - (1 - y2) @ X2) / len(y2)
@@ -265,7 +265,7 @@ def finite_difference(loss, theta, h=STEP):
 # gradient:
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def relative_error(a, b):
     """Largest difference over largest entry; 0 if both are zero everywhere."""
     scale = max(np.abs(a).max(), np.abs(b).max())
@@ -274,14 +274,14 @@ def relative_error(a, b):
 
 w, b = rng.normal(size=64), 0.3
 dw, db = binary_gradient(w, b, X2, y2)
-error = relative_error(dw, finite_difference(lambda: binary_loss(w, b, X2, y2), w))
+error = relative_error(dw, finite_difference(lambda: binary_cross_entropy(X2 @ w + b, y2), w))
 print("dw agrees with finite differences to 1e-6:", error < 1e-6)
 assert error < 1e-6
 
 # %% [markdown]
 # Now watch the two errors fight. To draw them we need one number, so walk along one random
-# direction $v$ of length 1: with $f(t) = L(w + t v)$, the slope at $t = 0$ is $dw \cdot v$. One arm
-# of the curve will be smooth and one ragged. **Guess which.**
+# direction $v$ of length 1: with $f(t) = L(w + t v)$, the slope at $t = 0$ is $dw \cdot v$. One
+# arm of the curve will be smooth and one ragged. **Guess which.**
 
 # %%
 v = rng.normal(size=64)
@@ -293,7 +293,7 @@ def slope_errors(steps, dtype=np.float64):
     wt, vt, Xt, yt = (array.astype(dtype) for array in (w, v, X2, y2))
 
     def f(t):
-        return np.float64(binary_loss(wt + dtype(t) * vt, dtype(b), Xt, yt))
+        return np.float64(binary_cross_entropy(Xt @ (wt + dtype(t) * vt) + dtype(b), yt))
 
     two_sided = np.array([(f(h) - f(-h)) / (2 * h) for h in steps])
     one_sided = np.array([(f(h) - f(0)) / h for h in steps])
@@ -301,13 +301,13 @@ def slope_errors(steps, dtype=np.float64):
 
 
 # %% [markdown]
-# The formula for $E(h)$ can be drawn, too. All it needs is $f'''$, and that has a closed form here:
-# each image adds $\sigma''(z)\,(x \cdot v)^3$ to it, with $\sigma'' = p\,(1-p)(1-2p)$.
+# The formula for $E(h)$ can be drawn, too. All it needs is $f'''$, and that has a closed form
+# here: each image adds $\sigma''(z)\,(x \cdot v)^3$ to it, with $\sigma'' = p\,(1-p)(1-2p)$.
 
 # %%
 p, along = sigmoid(X2 @ w + b), X2 @ v
 third = abs(np.mean(p * (1 - p) * (1 - 2 * p) * along**3))
-loss, eps = binary_loss(w, b, X2, y2), np.finfo(np.float64).eps
+loss, eps = binary_cross_entropy(X2 @ w + b, y2), np.finfo(np.float64).eps
 
 steps = np.logspace(-14, 0, 85)
 predicted = (eps * loss / steps + steps**2 / 6 * third) / abs(dw @ v)
@@ -332,17 +332,17 @@ tl.plots.alt(ax, words)
 
 # %% [markdown]
 # A V, and the formula lies on it. The right arm is Taylor: a straight line, and a step ten times
-# smaller makes the error a hundred times smaller (two-sided) or ten times (one-sided). The left arm
-# is rounding: ragged, because rounding errors are as good as random.
+# smaller makes the error a hundred times smaller (two-sided) or ten times (one-sided). The left
+# arm is rounding: ragged, because rounding errors are as good as random.
 #
-# The bottom is where the formula puts it. Here the loss is smooth, $f'''$ is far smaller than $f$,
-# and so the best $h$ is some twenty times *larger* than $\varepsilon^{1/3}$. You rarely know $f'''$,
-# and need not: the V is wide, and anything near $\varepsilon^{1/3}$ is good to $10^{-6}$ and better.
-# In float32 the whole V moves up, by more than four orders of magnitude at the bottom, and below
-# $h = 10^{-8}$ the step is lost altogether: $w + h$ *is* $w$, the measured slope is 0, its error 1.
-# That is why gradients are checked in float64.
+# The bottom is where the formula puts it. Here the loss is smooth, $f'''$ is far smaller than
+# $f$, and so the best $h$ is some twenty times *larger* than $\varepsilon^{1/3}$. You rarely know
+# $f'''$, and need not: the V is wide, and anything near $\varepsilon^{1/3}$ is good to $10^{-6}$
+# and better. In float32 the whole V moves up, by more than four orders of magnitude at the
+# bottom, and below $h = 10^{-8}$ the step is lost altogether: $w + h$ *is* $w$, the measured
+# slope is 0, its error 1. That is why gradients are checked in float64.
 
-# %%
+# %% tags=["nbval-check-output"]
 near = np.abs(np.log10(steps / STEP)) < 0.5  # within a factor of three of eps^(1/3)
 print("near eps^(1/3) the error is below 1e-6:", two_sided[near].max() < 1e-6)
 assert two_sided[near].max() < 1e-6
@@ -358,7 +358,7 @@ np.testing.assert_allclose(two_sided[right_arm], predicted[right_arm], rtol=0.2)
 # PyTorch walks the same graph and multiplies the same local slopes, with no $h$ anywhere. It
 # should agree with us to rounding.
 
-# %%
+# %% tags=["nbval-check-output"]
 wt = torch.tensor(w, requires_grad=True)
 bt = torch.tensor(b, dtype=torch.float64, requires_grad=True)
 logits = torch.tensor(X2) @ wt + bt
@@ -404,7 +404,7 @@ def cross_entropy(Z, Y):
     return -np.mean(np.sum(Y * (Z - logsumexp(Z)), axis=1))
 
 
-# %%
+# %% tags=["nbval-check-output"]
 Z = np.array([[1000.0, 0.0, -1000.0]])
 Y = np.array([[0.0, 1.0, 0.0]])
 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -431,7 +431,7 @@ assert cross_entropy(Z, Y) == 1000.0 and not np.isfinite(naive)
 #
 # Both end where the binary case ended: **claimed minus true**, once per class.
 
-# %%
+# %% tags=["nbval-check-output"]
 z, y = np.array([[2.0, 1.0, -1.0]]), np.array([[0.0, 1.0, 0.0]])
 p = softmax(z)[0]
 jacobian = np.diag(p) - np.outer(p, p)  # entry (j, k): dp_j / dz_k
@@ -476,11 +476,11 @@ np.testing.assert_allclose(softmax(scores)[:, 1], sigmoid(scores[:, 1] - scores[
 # other: you may skip one and keep the other. The whole economy of transfer learning is in that
 # sentence.
 #
-# Shapes help the memory. $dV$ must be $(K, d)$; you hold $dZ\;(n, K)$ and $H\;(n, d)$. There is
+# Shapes help the memory. $dV$ must be $(K, m)$; you hold $dZ\;(n, K)$ and $H\;(n, m)$. There is
 # only one way to multiply them.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def head_gradients(V, c, H, Y):
     """Gradients of the mean cross-entropy of logits H V^T + c."""
     dZ = (softmax(H @ V.T + c) - Y) / len(Y)  # (n, K)
@@ -524,14 +524,15 @@ for (upper, lower), (title, i) in zip(axes.T, chosen.items(), strict=True):
     lower.axhline(0, color="black", lw=0.8)
     lower.set(xticks=range(10), xlabel="class", ylim=(-1.1, 1.1))
 axes[1, 0].set_ylabel("p - y")
-words = "Three digits, p - y below. Sure, right: no bars. Unsure: small ones. Sure, wrong: +1, -1."
+words = "Bars of p - y below three digits: none; one down and many small up; one down and one up."
 tl.plots.alt(fig, words)
 
 # %% [markdown]
-# Left: nothing to learn, so no gradient, and no change to any weight of the network. Right: the
-# full push down for the false claim and up for the truth. Learning is spent where the model is
-# wrong. (It also means that one mislabelled image, which a good model finds "sure, wrong", pushes
-# as hard as an image can.)
+# Left: nothing to learn, so no gradient, and no change to any weight of the network. Middle: a
+# push up for the 8, paid for by every class that claimed a part. Right: a full push up for the
+# truth and down for the one false claim. Learning is spent where the model is wrong. (It also
+# means that one mislabelled image, which a good model finds "sure, wrong", pushes as hard as an
+# image can.)
 #
 # ## The backbone
 #
@@ -547,15 +548,16 @@ tl.plots.alt(fig, words)
 # Now follow the orange arrows of the picture from right to left and write down what you pass:
 #
 # $$\begin{aligned}
-# dZ &= \tfrac1n (P - Y) & dV &= dZ^\top H_2 & dc &= \textstyle\sum_i dZ_{i\cdot} \\
+# dZ &= \tfrac1n (P - Y) & dV &= dZ^\top H_2 & dc &= \mathbf{1}^\top dZ \\
 # dH_2 &= dZ\, V \\
-# dU_2 &= dH_2 \odot [U_2 > 0] & dW_2 &= dU_2^\top H_1 & db_2 &= \textstyle\sum_i dU_{2,i\cdot} \\
+# dU_2 &= dH_2 \odot [U_2 > 0] & dW_2 &= dU_2^\top H_1 & db_2 &= \mathbf{1}^\top dU_2 \\
 # dH_1 &= dU_2\, W_2 \\
-# dU_1 &= dH_1 \odot [U_1 > 0] & dW_1 &= dU_1^\top X & db_1 &= \textstyle\sum_i dU_{1,i\cdot}
+# dU_1 &= dH_1 \odot [U_1 > 0] & dW_1 &= dU_1^\top X & db_1 &= \mathbf{1}^\top dU_1
 # \end{aligned}$$
 #
-# The left column is the way down, the middle and right columns are the branches. For one single
-# image and with everything put in,
+# The left column is the way down, the middle and right columns are the branches
+# ($\mathbf{1}^\top$ adds up the rows, that is, the images). For one single image and with
+# everything put in,
 #
 # $$dW_1 = \Big[\, W_2^\top \big( V^\top (p - y) \odot [u_2 > 0] \big) \odot [u_1 > 0] \,\Big]\; x^\top.$$
 #
@@ -575,10 +577,10 @@ def forward(net, X):
 
 
 # %%
-def backward(net, values, Y):
-    """Gradient of the mean cross-entropy for every weight. Y: one-hot (n, K)."""
-    dZ = (softmax(values["Z"]) - Y) / len(Y)  # (n, K)
-    dH2 = dZ @ net["V"]  # (n, k)
+def backward(net, values, Y, link=softmax):
+    """Gradient of the mean cross-entropy for every weight. Y: the truth, (n, K)."""
+    dZ = (link(values["Z"]) - Y) / len(Y)  # (n, K)
+    dH2 = dZ @ net["V"]  # (n, m)
     dU2 = dH2 * (values["U2"] > 0)
     dH1 = dU2 @ net["W2"]
     dU1 = dH1 * (values["U1"] > 0)
@@ -590,27 +592,27 @@ def backward(net, values, Y):
 
 
 # %% [markdown]
-# Twelve lines, and no library. The referees look at all 1,482 derivatives:
+# Twelve lines, and nothing but numpy. The referees look at all 1,482 derivatives:
 
 
 # %%
-def make_network(rng, d=64, k=16, K=10):
+def make_network(rng, d=64, m=16, K=10):
     """Random weights, and random biases too: no check should stand at a zero."""
-    shapes = {"W1": (k, d), "b1": (k,), "W2": (k, k), "b2": (k,), "V": (K, k), "c": (K,)}
+    shapes = {"W1": (m, d), "b1": (m,), "W2": (m, m), "b2": (m,), "V": (K, m), "c": (K,)}
     return {name: rng.normal(size=shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
-def autograd(net, X, Y):
+def autograd(net, X, Y, loss=F.cross_entropy):
     """The same gradients by PyTorch, in float64."""
     t = {name: torch.tensor(value, requires_grad=True) for name, value in net.items()}
     hidden = torch.relu(F.linear(torch.tensor(X), t["W1"], t["b1"]))
     hidden = torch.relu(F.linear(hidden, t["W2"], t["b2"]))
-    F.cross_entropy(F.linear(hidden, t["V"], t["c"]), torch.tensor(Y)).backward()
+    loss(F.linear(hidden, t["V"], t["c"]), torch.tensor(Y)).backward()
     return {name: value.grad.numpy() for name, value in t.items()}
 
 
 # %%
-net, X = make_network(rng), images[:64]
+net, X = make_network(np.random.default_rng(1)), images[:64]
 by_hand, by_torch = backward(net, forward(net, X), Y), autograd(net, X, Y)
 print("weight   shape      finite differences   autograd   (relative errors)")
 for name, theta in net.items():
@@ -621,12 +623,31 @@ for name, theta in net.items():
     print(f"{name:8s} {theta.shape!s:10s} {first:.0e}                {second:.0e}")
 
 # %% [markdown]
-# Every number in the network has now been differentiated by you.
-#
-# **Guess 1.** The head starts at zero. Which backbone weights move in the first step? Look at the
-# line $dH_2 = dZ\,V$.
+# Every number in the network has now been differentiated by you. And the binary case? The loss
+# enters in the line of $dZ$ and nowhere else. For one output, is it an eight or not, $V$ has a
+# single row and the link is the sigmoid. All other lines stay.
 
-# %%
+# %% tags=["nbval-check-output"]
+one_output = make_network(np.random.default_rng(1), K=1)
+is_eight = (digits[:64, None] == 8).astype(float)  # (n, 1)
+by_hand = backward(one_output, forward(one_output, X), is_eight, link=sigmoid)
+by_torch = autograd(one_output, X, is_eight, loss=F.binary_cross_entropy_with_logits)
+
+
+def binary_loss():
+    return binary_cross_entropy(forward(one_output, X)["Z"], is_eight)
+
+
+for name, theta in one_output.items():
+    assert relative_error(by_hand[name], finite_difference(binary_loss, theta)) < 1e-6, name
+    assert relative_error(by_hand[name], by_torch[name]) < 1e-10, name
+print("the binary network agrees with both referees")
+
+# %% [markdown]
+# **Guess 1.** A new head starts at zero. Which backbone weights move in the first step? Look at
+# the line $dH_2 = dZ\,V$.
+
+# %% tags=["nbval-check-output"]
 fresh = {**net, "V": np.zeros((10, 16)), "c": np.zeros(10)}
 first_step = backward(fresh, forward(fresh, X), Y)
 for name, gradient in first_step.items():
@@ -642,8 +663,8 @@ assert first_step["V"].any()
 #
 # ## Freezing: which terms vanish
 #
-# Freeze the backbone and $dW_1, b_1, dW_2, b_2$ are not wanted. But then nobody asks for $dU_1$,
-# $dH_1$, $dU_2$ and $dH_2$ either: they were only ever steps on the way.
+# Freeze the backbone, and $dW_1$, $db_1$, $dW_2$ and $db_2$ are not wanted. But then nobody asks
+# for $dU_1$, $dH_1$, $dU_2$ and $dH_2$ either: they were only ever steps on the way.
 
 # %%
 ax = draw_network(["V"], "Backbone frozen, head trained: one product is left")
@@ -660,17 +681,18 @@ tl.plots.alt(ax, "The same graph; orange is every arrow from L back to U1, and t
 # %% [markdown]
 # So the rule is not "cost goes with the number of trained weights". It is:
 #
-# > A **weight product** $dU^\top H$ is needed where the layer itself is trained. An **input
-# > product** $dU\,W$ is needed where *anything below* is trained.
+# > A **weight product** $dU^\top H$ is needed where the layer itself is trained.
+# >
+# > An **input product** $dU\,W$ is needed where *anything below* is trained.
 #
 # **Count them.** A linear layer with $i$ inputs and $o$ outputs takes $n \cdot i \cdot o$
 # multiplications forward, as many for its weight product, and as many for its input product.
-# (ReLU and biases cost a thousandth of that; we leave them out.) With
-# $m_\ell = n\, i_\ell\, o_\ell$,
+# (ReLUs and biases cost less than a hundredth of that; we leave them out.) With
+# $t_\ell = n\, i_\ell\, o_\ell$,
 #
-# $$\text{forward} = \sum_\ell m_\ell, \qquad
-# \text{weight products} = \sum_{\ell\ \text{trained}} m_\ell, \qquad
-# \text{input products} = \sum_{\ell\ >\ \text{lowest trained}} m_\ell.$$
+# $$\text{forward} = \sut_\ell t_\ell, \qquad
+# \text{weight products} = \sum_{\ell\ \text{trained}} t_\ell, \qquad
+# \text{input products} = \sum_{\ell\ >\ \text{lowest trained}} t_\ell.$$
 
 
 # %%
@@ -713,33 +735,33 @@ def counted(model, n, d=64):
     return ahead.get_total_flops() // 2, back.get_total_flops() // 2
 
 
-# %%
+# %% tags=["nbval-check-output"]
 costs = {name: multiplications(widths, trained, n) for name, trained in arms.items()}
 full_step = sum(costs["everything"].values())
-sizes = [i * o for i, o in pairwise(widths)]
+entries = [i * o for i, o in pairwise(widths)]
 print("trained            weights   forward  backward   whole step")
 for name, trained in arms.items():
     ahead, back = costs[name]["forward"], costs[name]["weight"] + costs[name]["input"]
     assert counted(build(widths, trained), n) == (ahead, back)
-    share, step = sum(sizes[i] for i in trained) / sum(sizes), (ahead + back) / full_step
+    share, step = sum(entries[i] for i in trained) / sum(entries), (ahead + back) / full_step
     print(f"{name:18s} {share:7.1%} {ahead // n:9,d} {back // n:9,d} {step:12.0%}")
 
 # %% [markdown]
-# The formula is not nearly right, it is exactly right. (Forward and backward are printed per image.)
-# Read the table:
+# The formula is not nearly right, it is exactly right. (Forward and backward are printed per
+# image.) Read the table:
 #
-# - **Everything** costs three forward passes: one forward, and two backward (less the first layer's
-#   input product, which nobody needs).
-# - **Head only**: the backward pass falls from 567,296 multiplications to 5,120, by a factor of 111.
-#   But the forward pass is still there, so the *step* is cheaper by a factor of 2.8. "About 3" was
-#   the right guess, and 3 is the limit, however much you freeze.
-# - **Layer 1 only** trains a tenth of the weights, and costs *more* than **layer 2 and head**, which
-#   train the other nine tenths. What counts is how far down the gradient has to go.
+# - **Everything** costs three forward passes: one forward, and two backward (less the first
+#   layer's input product, which nobody needs).
+# - **Head only**: the backward pass falls from 567,296 multiplications to 5,120, which is 111
+#   times less. But the forward pass is still there, so the *step* is cheaper by a factor of 2.8.
+#   "About 3" was the right guess, and 3 is the limit, however much you freeze.
+# - **Layer 1 only** trains a tenth of the weights, and costs *more* than **layer 2 and head**,
+#   which train the other nine tenths. What counts is how far down the gradient has to go.
 #
 # To get below a third you must stop paying for the forward pass, too. A frozen backbone gives the
 # same features for the same image every time: compute them once and keep them. That is lesson 05.
 
-# %%
+# %% tags=["nbval-check-output"]
 full, head_only = costs["everything"], costs["head only"]
 backward_ratio = (full["weight"] + full["input"]) / (head_only["weight"] + head_only["input"])
 step_ratio = sum(full.values()) / sum(head_only.values())
@@ -774,8 +796,8 @@ for name, trained in arms.items():
 #
 # $$\frac{\partial}{\partial \theta_j}\Big(L + \frac{\lambda}{2}\lVert\theta\rVert^2\Big) = dL_j + \lambda\,\theta_j .$$
 #
-# It needs no data, no chain rule and no backward pass. Every weight pulls itself towards zero
-# (L2-SP: towards its pre-trained value), whatever the images say.
+# It needs no data, no chain rule and no backward pass. Every weight is pulled towards zero (with
+# L2-SP: towards its pre-trained value), whatever the images say.
 
 # %%
 decay = 0.1
@@ -785,7 +807,7 @@ def penalised_loss():
     return cross_entropy(forward(net, X)["Z"], Y) + decay / 2 * np.sum(net["W2"] ** 2)
 
 
-decayed = by_hand["W2"] + decay * net["W2"]
+decayed = backward(net, forward(net, X), Y)["W2"] + decay * net["W2"]
 assert relative_error(decayed, finite_difference(penalised_loss, net["W2"])) < 1e-6
 
 # %% [markdown]
@@ -793,7 +815,7 @@ assert relative_error(decayed, finite_difference(penalised_loss, net["W2"])) < 1
 # *off* (`requires_grad = False`), or set its gradient to *zero* before each step. **Guess:**
 # after 100 steps of SGD with weight decay 0.1, are both weights where they were?
 
-# %%
+# %% tags=["nbval-check-output"]
 switched_off, zeroed = torch.ones(3, requires_grad=False), torch.ones(3, requires_grad=True)
 optimizer = torch.optim.SGD([switched_off, zeroed], lr=0.1, weight_decay=0.1)
 for _ in range(100):
@@ -815,13 +837,13 @@ assert torch.equal(switched_off, torch.ones(3)) and zeroed[0] < 0.5
 # $$W = W_0 + s\,B A, \qquad s = \frac{\alpha}{r}, \qquad B: (o, r), \quad A: (r, i).$$
 #
 # Call the gradient that full fine-tuning would have given to $W$ by its usual name,
-# $dW = dU^\top H$, shape $(o, i)$. Written out, $W_{ab} = W_{0,ab} + s \sum_m B_{am} A_{mb}$. The
-# entry $B_{am}$ touches row $a$ of $W$, in every column $b$, with slope $s A_{mb}$; the entry
-# $A_{mb}$ touches column $b$, in every row $a$, with slope $s B_{am}$. Sum over what is touched,
+# $dW = dU^\top H$, shape $(o, i)$. Written out, $W_{ab} = W_{0,ab} + s \sum_q B_{aq} A_{qb}$. The
+# entry $B_{aq}$ touches row $a$ of $W$, in every column $b$, with slope $s A_{qb}$; the entry
+# $A_{qb}$ touches column $b$, in every row $a$, with slope $s B_{aq}$. Sum over what is touched,
 # as always:
 #
-# $$dB_{am} = s \sum_b dW_{ab} A_{mb} \;\Rightarrow\; dB = s\; dW A^\top, \qquad
-# dA_{mb} = s \sum_a B_{am}\, dW_{ab} \;\Rightarrow\; dA = s\; B^\top dW .$$
+# $$dB_{aq} = s \sum_b dW_{ab} A_{qb} \;\Rightarrow\; dB = s\; dW A^\top, \qquad
+# dA_{qb} = s \sum_a B_{aq}\, dW_{ab} \;\Rightarrow\; dA = s\; B^\top dW .$$
 #
 # Each factor gets the full gradient *seen through the other factor*. And **guess 3** is answered
 # by looking: with $B = 0$, $dA = 0$, while $dB = s\,dW A^\top$ is alive. Were both zero, both
@@ -873,8 +895,8 @@ for moment in ("first step, B = 0", "later, B not 0"):
     for name, theta in lora.items():
         assert relative_error(by_hand[name], finite_difference(lora_loss, theta)) < 1e-6, name
         assert relative_error(by_hand[name], by_torch[name]) < 1e-10, name
-    largest = {f"|d{name}|": f"{np.abs(by_hand[name]).max():.3f}" for name in lora}
-    print(f"{moment}: largest entries {largest}")
+    sizes = ", ".join(f"d{name} {np.abs(by_hand[name]).max():.3f}" for name in lora)
+    print(f"{moment}: both agree; largest entries: {sizes}")
     lora["B"] = 0.3 * rng.normal(size=(16, rank))
 
 # %% [markdown]
@@ -905,9 +927,8 @@ assert ranks[1] == rank < ranks[0]
 # %% [markdown]
 # ### What LoRA saves, and what it does not
 #
-# Give the two backbone layers of the wide network LoRA of rank 4 and train that and the head.
-# **Guess** before you run: 96 % of the weights are frozen. How much of a full training step is
-# left?
+# Give the two backbone layers of the wide network LoRA of rank 4 and train that and the head. 96
+# % of the weights are frozen. **Guess:** how much of a full training step is left?
 #
 # The rule has the answer. The weight products of the frozen matrices are gone. But the gradient
 # still has to travel *down to the first layer's* $A$ and $B$, through every frozen matrix on its
@@ -929,22 +950,22 @@ class LoRALinear(torch.nn.Module):
 
 
 # %%
-d, k, K = widths[0], widths[1], widths[3]
-thin = rank * (d + k) + rank * (k + k)  # entries of A and B, both layers
+d, m, K = widths[0], widths[1], widths[3]
+thin = rank * (d + m) + rank * (m + m)  # entries of A and B, both layers
 lora_cost = {
-    "forward": n * (d * k + k * k + k * K + thin),
-    "weight": n * (thin + k * K),  # dA, dB and dV
-    "input": n * (k * K + k * k + 3 * rank * k),  # through V, W2, and inside the thin branches
+    "forward": n * (d * m + m * m + m * K + thin),
+    "weight": n * (thin + m * K),  # dA, dB and dV
+    "input": n * (m * K + m * m + 3 * rank * m),  # through V, W2, and inside the thin branches
 }
-layers = [LoRALinear(d, k, rank), LoRALinear(k, k, rank), torch.nn.Linear(k, K)]
+layers = [LoRALinear(d, m, rank), LoRALinear(m, m, rank), torch.nn.Linear(m, K)]
 model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
 assert counted(model, n) == (lora_cost["forward"], lora_cost["weight"] + lora_cost["input"])
 
-# %%
-trained_share = (thin + k * K) / (sum(sizes) + thin)
+# %% tags=["nbval-check-output"]
+trained_share = (thin + m * K) / (sum(entries) + thin)
 step_share = sum(lora_cost.values()) / full_step
 print(
-    f"LoRA trains {trained_share:.1%} of the weights; its step costs {step_share:.0%} of a full one"
+    f"LoRA trains {trained_share:.1%} of the weights; a step costs {step_share:.0%} of a full one"
 )
 assert 0.6 < step_share < 0.75
 
@@ -964,9 +985,9 @@ words = f"Stacked bars, whole step: {dict(zip(bars, left.round(2).tolist(), stri
 tl.plots.alt(fig, words)
 
 # %% [markdown]
-# LoRA takes away the green part and nothing else: a third, at best. What it saves is *memory*
-# (gradients, optimizer state, checkpoints), and lesson 12 keeps that account. Parameter-efficient
-# is not the same as compute-efficient.
+# LoRA takes away the green part and nothing else: a third, at best. What it does save is *memory*
+# (gradients, optimizer state, checkpoints); lesson 12 keeps that account. Parameter-efficient is
+# not the same as compute-efficient.
 #
 # ## Your gradients at work
 #
@@ -993,7 +1014,7 @@ def train_by_torch(net, X, Y, steps=300, lr=0.3):
     return net
 
 
-# %%
+# %% tags=["nbval-check-output"]
 few, few_targets = images[:200], np.eye(10)[digits[:200]]
 ours = train(net, few, few_targets, list(net))
 theirs = train_by_torch(net, few, few_targets)
@@ -1017,7 +1038,7 @@ def run_arm(seed, trained):
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(images))
     seen, unseen = order[:500], order[500:]
-    net, targets = make_network(draw, k=32), np.eye(10)[digits[seen]]
+    net, targets = make_network(draw, m=32), np.eye(10)[digits[seen]]
     net = train(net, images[seen], targets, trained, steps=500)
     return accuracy(net, images[unseen], digits[unseen])
 
@@ -1039,17 +1060,19 @@ comparison = tl.compare({
     "head on a frozen random backbone": lambda seed: run_arm(seed, ["V", "c"]),
     "head on the pixels": pixels_arm,
 }, draws=5, progress=False)  # fmt: skip
-print(comparison)
-assert comparison.difference("everything", "head on a frozen random backbone").low > 0.03
-assert comparison.interval("everything").low > 0.88
+for arm in comparison.scores:
+    print(f"{arm:34s} {comparison.interval(arm)}")
+assert comparison.difference("everything", "head on a frozen random backbone").low > 0.1
+assert comparison.difference("head on the pixels", "head on a frozen random backbone").low > 0.1
+assert comparison.interval("everything").low > 0.9
 
 # %% [markdown]
 # Read the middle row first. Freezing made the backward pass cheap, and the random features it
 # froze are worth *less than no backbone at all*. Freezing saves computing; what it gives is
 # exactly what the frozen features are worth, and that is why lesson 01 began with a good
 # backbone. The last row is the control that keeps us modest: on these easy digits two more layers
-# win at most two points over a linear head on the pixels. Nothing here is a triumph, but all of
-# it was driven by your gradients.
+# win one point over a linear head on the pixels. Nothing here is a triumph, but all of it was
+# driven by your gradients.
 #
 # ## Where it fails
 #
@@ -1088,9 +1111,13 @@ at_kink = (np.maximum(STEP, 0) - np.maximum(-STEP, 0)) / (2 * STEP)
 print("ReLU at 0: autograd", u.grad.item(), " central differences", at_kink)
 assert u.grad.item() == 0.0 and at_kink == 0.5
 
+values = forward(net, X)
+nearest = min(np.abs(values["U1"]).min(), np.abs(values["U2"]).min())
+assert nearest > 10 * STEP  # why our checks could be so strict
+
 # %% [markdown]
-# In our checks no $u$ lay within $h$ of a kink; in a network of a million units one always does.
-# Look at the median error over many weights there, not at the worst.
+# In our checks no $u$ lay that close to its kink. Among a million units one always does, and a
+# check of a big network must look at the median error, not at the worst.
 #
 # **The gradient can be right and the loss wrong.** Give every image the label of its neighbour
 # and check again: perfect agreement. The referees compare a gradient with a loss. Whether the
@@ -1108,14 +1135,17 @@ assert relative_error(backward(net, forward(net, X), nonsense)["V"], by_differen
 #
 # ## Explorer: one update, step by step
 #
-# A network small enough to see whole: two inputs, two hidden layers of two, two classes, no
+# A network small enough to see it whole: two inputs, two hidden layers of two, two classes, no
 # biases. The inputs are real: the mean ink in the upper and in the lower half of a handwritten 6
 # or 9. Move **step** from left to right: values run forward (blue), gradients come back (orange,
 # below the value or the weight they belong to), and the last step moves the weights (green).
 #
-# Try these. Which weights get the gradient 0 although they are trained, and which unit is to
-# blame? Which orange numbers vanish when you train *head only*, and which when you train *layer 1
-# only*? From which learning rate on does the update make the loss *larger*?
+# Three questions for it; the answers are below.
+#
+# 1. Train *everything*. Which weights get the gradient 0, and which unit is to blame?
+# 2. Switch to *head only* and to *layer 1 only*. Which orange numbers vanish?
+# 3. Choose *a nine*, train *everything*, and raise the learning rate to 8. The loss after the
+#    update is 0.693, exactly $\log 2$. What has happened to the network?
 
 # %% jupyter={"source_hidden": true}
 TINY = [
@@ -1151,50 +1181,45 @@ def tiny_pass(weights, x, y):
 
 
 # %% jupyter={"source_hidden": true}
-def draw_tiny_nodes(ax, step, lowest, values, p, node_gradients):
-    names = [("ink above", "ink below"), ("h1", "h1"), ("h2", "h2"), ("z: six", "z: nine")]
-    for column in range(4):
-        for row in range(2):
-            place = (column, 1 - row)
-            ax.scatter(*place, s=2600, color="white", edgecolor="black", zorder=3)
-            ax.text(column, 1.27 - row, names[column][row], ha="center", fontsize=9, zorder=4)
+def shown(value):
+    return "0" if value == 0 else f"{value:+.2f}"
+
+
+def draw_tiny_nodes(ax, step, lowest, values, node_gradients):
+    names = ("ink above", "ink below"), ("top-heavy", "bottom-heavy"), ("H2", "H2")
+    for column, pair in enumerate((*names, ("Z: six", "Z: nine"))):
+        for row, name in enumerate(pair):
+            middle = {"ha": "center", "va": "center", "zorder": 4}
+            ax.scatter(column, 1 - row, s=2600, color="white", edgecolor="black", zorder=3)
+            ax.text(column, 1.27 - row, name, fontsize=9, **middle)
             if step >= column:
-                value = f"{values[column][row]:.2f}"
-                ax.text(column, 1.06 - row, value, ha="center", va="center", color=BLUE, zorder=4)
+                ax.text(column, 1.06 - row, f"{values[column][row]:.2f}", color=BLUE, **middle)
             if step >= 7 - column and lowest < column:
-                text = f"{node_gradients[column][row]:+.2f}"
-                ax.text(column, 0.92 - row, text, ha="center", va="center", color=ORANGE, zorder=4)
+                text = shown(node_gradients[column][row])
+                ax.text(column, 0.92 - row, text, color=ORANGE, **middle)
 
 
 # %% jupyter={"source_hidden": true}
 def draw_tiny_weights(ax, step, trained, gradients, lr):
+    style = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 2}
+    style["bbox"] = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
     for layer, weight in enumerate(TINY):
-        shown = step >= 5 + (2 - layer) and layer in trained
+        active = layer in trained
         for (row, column), value in np.ndenumerate(weight):
             ends = np.array([[layer, 1 - column], [layer + 1, 1 - row]])
-            ax.plot(*ends.T, color="black" if layer in trained else GREY, lw=1, zorder=1)
+            ax.plot(*ends.T, color="black" if active else GREY, lw=1, ls="-", zorder=1)
             x, y = ends[0] + 0.33 * (ends[1] - ends[0])
-            lines = [(f"{value:.2f}", "black")]
-            lines += [(f"{gradients[layer][row, column]:+.2f}", ORANGE)] if shown else []
-            if shown and step == 8:
-                lines += [(f"{value - lr * gradients[layer][row, column]:.2f}", GREEN)]
-            for i, (text, color) in enumerate(lines):
-                box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
-                ax.text(
-                    x,
-                    y + 0.05 - 0.1 * i,
-                    text,
-                    color=color,
-                    ha="center",
-                    fontsize=9,
-                    bbox=box,
-                    zorder=2,
-                )
+            ax.text(x, y + 0.08, f"{value:.2f}", color="black" if active else "grey", **style)
+            if active and step >= 7 - layer:
+                ax.text(x, y - 0.02, shown(gradients[layer][row, column]), color=ORANGE, **style)
+            if active and step == 8:
+                moved = value - lr * gradients[layer][row, column]
+                ax.text(x, y - 0.12, f"{moved:.2f}", color=GREEN, **style)
 
 
 # %% jupyter={"source_hidden": true}
-STEPS = ["the input", "first hidden layer", "second hidden layer", "logits, probabilities, loss", "dZ = p - y",
-         "dV, and dH2", "dW2, and dH1", "dW1", "the update"]  # fmt: skip
+STEPS = ["the input", "the first hidden layer", "the second hidden layer", "logits and loss"]
+STEPS += ["dZ = p - y", "dV and dH2", "dW2 and dH1", "dW1", "the update"]
 
 
 def draw_update(step, train, image, lr):
@@ -1202,18 +1227,15 @@ def draw_update(step, train, image, lr):
     values, p, node_gradients, gradients, loss = tiny_pass(TINY, x, y)
     fig, ax = tl.plots.subplots(figsize=(9, 4.2))
     draw_tiny_weights(ax, step, PARTS[train], gradients, lr)
-    draw_tiny_nodes(ax, step, min(PARTS[train]), values, p, node_gradients)
-    moved = [
-        w - lr * g * (i in PARTS[train])
-        for i, (w, g) in enumerate(zip(TINY, gradients, strict=True))
-    ]
-    text = (
-        f"\np = ({p[0]:.2f}, {p[1]:.2f}), truth = ({y[0]:.0f}, {y[1]:.0f}), loss {loss:.3f}"
-        if step > 2
-        else "\n"
-    )
-    text += f"  ->  {tiny_pass(moved, x, y)[-1]:.3f}" if step == 8 else ""
-    ax.set(xlim=(-0.4, 3.4), ylim=(-0.35, 1.45), title=f"Step {step}: {STEPS[step]}{text}")
+    draw_tiny_nodes(ax, step, min(PARTS[train]), values, node_gradients)
+    title = f"Step {step}: {STEPS[step]}\n"
+    if step > 2:
+        title += f"p = ({p[0]:.2f}, {p[1]:.2f}), y = ({y[0]:.0f}, {y[1]:.0f}), loss {loss:.3f}"
+    if step == 8:
+        lrs = [lr if layer in PARTS[train] else 0 for layer in range(3)]
+        moved = [w - rate * g for w, rate, g in zip(TINY, lrs, gradients, strict=True)]
+        title += f", after the update {tiny_pass(moved, x, y)[-1]:.3f}"
+    ax.set(xlim=(-0.4, 3.4), ylim=(-0.35, 1.4), title=title)
     ax.axis("off")
 
 
@@ -1227,6 +1249,13 @@ tl.widgets.explore(
 )
 
 # %% [markdown]
+# **Answers.** (1) The unit of the first layer that is 0: its gate is shut, so nothing passes down
+# through it, and what it sends up is 0, so the weights that read it get 0 as well. (2) *Head
+# only*: all but $dZ$ and $dV$. *Layer 1 only*: just $dV$ and $dW_2$; the whole way down stays.
+# (3) The step was so long that every gate is shut. All values are 0, both classes get
+# $p = \frac12$, every gradient is zero, and the network will never move again. A learning rate
+# can kill.
+#
 # ## Quiz
 
 # %%

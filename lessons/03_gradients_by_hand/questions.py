@@ -357,7 +357,7 @@ QUESTIONS = [
         points=2,
         cases=cases_q3,
         expected=head_gradients,
-        hint="a gradient has the shape of the thing that it belongs to: dV is (K, d) like V. "
+        hint="a gradient has the shape of the thing that it belongs to: dV is (K, m) like V. "
         "dZ already carries the 1/n, so sum over the images; do not average once more.",
         wrong={
             "transposed": _head_variant(lambda g, _: {**g, "weight": g["weight"].T}),

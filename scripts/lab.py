@@ -8,7 +8,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -17,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, sync_playwright
 
-REPO = Path(__file__).resolve().parents[2]
+from tlcourse.cli import lab_command
+
+REPO = Path(__file__).resolve().parents[1]
 # Chromium itself must not call out either.
 _CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -42,59 +43,50 @@ _IDLE = """() => {
   const kernel = session?.session?.kernel;
   return session?.isReady && kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
 }"""
-# Every code cell that is not empty has its number, or one of them failed.
-_ALL_RAN = """() => {
-  const cells = [...document.querySelectorAll('.jp-CodeCell')].filter(
-    cell => cell.querySelector('.cm-content').textContent.trim());
-  const prompt = cell => cell.querySelector('.jp-InputPrompt').textContent;
-  return !cells.some(cell => prompt(cell).includes('*'))
-    && (cells.every(cell => /[0-9]/.test(prompt(cell)))
-        || document.querySelector('.jp-RenderedText[data-mime-type$="jupyter.error"]'));
-}"""
+# Every code cell that is not empty has its number, or one of them failed. The notebook's model
+# is asked, as the page does not hold cells that were never in view.
+_CELLS = "window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)"
+_ALL_RAN = f"""() => {{
+  const cells = {_CELLS}.filter(cell => cell.type === 'code' && cell.sharedModel.source.trim());
+  const failed = cell => cell.sharedModel.outputs.some(output => output.output_type === 'error');
+  return cells.every(cell => cell.executionCount !== null) || cells.some(failed);
+}}"""
+_ERRORS = f"""() => {_CELLS}.filter(cell => cell.type === 'code').flatMap(
+  cell => cell.sharedModel.outputs.filter(output => output.output_type === 'error').map(
+    output => `${{output.ename}}: ${{output.evalue}}`))"""
 
 
 def chromium() -> str | None:
-    """Path of the system's Chromium, or None."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-def default_command() -> list[str]:
-    """How ``make course`` starts JupyterLab; without a browser."""
-    return [sys.executable, "-m", "jupyterlab", "--no-browser"]
+    """Path of a Chromium or Chrome, or None; ``TLCOURSE_CHROMIUM`` names another."""
+    named = os.environ.get("TLCOURSE_CHROMIUM")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome", "chrome"]
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 @contextmanager
-def server(
-    root: Path, theme: str = "light", command: list[str] | None = None
-) -> Iterator[tuple[str, str]]:
-    """JupyterLab on a free port with settings of its own; yields its address and token.
+def server(root: Path, theme: str = "light") -> Iterator[tuple[str, str]]:
+    """JupyterLab as ``make course`` starts it, on a free port, with settings of its own.
 
     Args:
         root: the folder that it shows.
         theme: "light" or "dark".
-        command: the start of the command line; None means ``default_command()``.
+
+    Yields:
+        Its address and its token.
     """
     with tempfile.TemporaryDirectory(prefix="tlcourse-lab-") as name:
         home = Path(name)
         _write_settings(home / "settings" / "@jupyterlab", theme)
         port, token = _free_port(), secrets.token_hex(16)
-        options = [
-            f"--ServerApp.port={port}",
-            "--ServerApp.port_retries=0",
+        command = [
+            *lab_command(root, port, browser=False),
             f"--IdentityProvider.token={token}",
-            f"--ServerApp.root_dir={root}",
-            "--ServerApp.allow_root=True",
             "--LabApp.expose_app_in_browser=True",
         ]
         log_path = home / "server.log"
         with log_path.open("w") as log:
             process = subprocess.Popen(
-                [*(command or default_command()), *options],
-                cwd=root,
-                env=_environment(home),
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                command, cwd=root, env=_environment(home), stdout=log, stderr=subprocess.STDOUT
             )
             try:
                 address = f"http://127.0.0.1:{port}"
@@ -145,8 +137,8 @@ class Notebook:
         """
         mode = "doc" if simple else "lab"
         self.page.goto(f"{self._address}/{mode}/tree/{path}?reset&token={self._token}")
-        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        self.wait_idle()
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=180_000)
+        self.wait_idle(180)
 
     def wait_idle(self, timeout_seconds: float = 60) -> None:
         """Wait until the kernel is there and has nothing to do."""
@@ -154,12 +146,30 @@ class Notebook:
 
     def run_all(self, timeout_seconds: float = 120) -> None:
         """Run all cells and wait for the last; stops where a cell fails, as Jupyter does."""
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
         self.page.evaluate(
             "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
         )
         self.page.wait_for_function(_ALL_RAN, timeout=timeout_seconds * 1000)
         self.wait_idle(timeout_seconds)
         self.page.wait_for_timeout(500)  # typesetting
+
+    def cell(self, number: int) -> Locator:
+        """A cell by its place in the notebook, from 0."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(number)
+
+    def write(self, number: int, source: str) -> None:
+        """Replace the text of a cell, as by select all and paste."""
+        editor = self.cell(number).locator(".cm-content")
+        editor.click()
+        self.page.keyboard.press("ControlOrMeta+a")
+        self.page.keyboard.insert_text(source)
+        self.page.keyboard.press("Escape")
+
+    def errors(self) -> list[str]:
+        """Errors of cells, and of widgets that show one in place of their picture."""
+        shown = self.page.locator('.jp-OutputArea [role="alert"]').all_inner_texts()
+        return self.page.evaluate(_ERRORS) + shown
 
     def height(self) -> int:
         """Height of the notebook's content in pixels, down to the end of the last cell."""
@@ -180,16 +190,16 @@ class Notebook:
 
 
 @contextmanager
-def browser_page(width: int = 1280, height: int = 900) -> Iterator[Page]:
-    """A page in headless Chromium."""
+def browser(executable: str) -> Iterator[Browser]:
+    """Headless Chromium, or a browser of its family."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium(), args=[*_CHROMIUM_FLAGS], headless=True
+        launched = playwright.chromium.launch(
+            executable_path=executable, args=_CHROMIUM_FLAGS, headless=True
         )
         try:
-            yield browser.new_page(viewport={"width": width, "height": height})
+            yield launched
         finally:
-            browser.close()
+            launched.close()
 
 
 def _write_settings(folder: Path, theme: str) -> None:
@@ -222,7 +232,7 @@ def _free_port() -> int:
 
 
 def _wait_until_up(
-    address: str, token: str, process: subprocess.Popen[bytes], log: Path, max_seconds: float = 60
+    address: str, token: str, process: subprocess.Popen[bytes], log: Path, max_seconds: float = 120
 ) -> None:
     request = urllib.request.Request(
         f"{address}/api/status", headers={"Authorization": f"token {token}"}

@@ -1,0 +1,8 @@
+"""The browser tests drive JupyterLab with the same code as scripts/screenshot.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))

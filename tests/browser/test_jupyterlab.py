@@ -1,0 +1,196 @@
+"""A learner's first minutes, in real JupyterLab in headless Chromium.
+
+Screenshots are kept in artifacts/browser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright")
+pytest.importorskip("jupyterlab")
+
+import lab
+
+from tlcourse.cli import FIRST_NOTEBOOK
+
+pytestmark = pytest.mark.browser
+
+# Where the products are; the tests can be tried on those of another folder.
+PRODUCTS = Path(os.environ.get("TLCOURSE_PRODUCTS", lab.REPO))
+LESSON = "notebooks/part1_foundations/01_why_transfer.ipynb"
+EXERCISE = "notebooks/exercises/03_gradients_by_hand.ipynb"
+SOLUTION = "solutions/03_gradients_by_hand.ipynb"
+QUIZ = lab.REPO / "lessons" / "01_why_transfer" / "quiz.toml"
+PICTURES = lab.REPO / "artifacts" / "browser"
+
+
+@pytest.fixture(scope="module")
+def browser(chromium_path):
+    with lab.browser(chromium_path) as launched:
+        yield launched
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """JupyterLab on a copy of the notebooks; its folder, address and token."""
+    root = tmp_path_factory.mktemp("course")
+    for name in ("notebooks", "solutions"):
+        if (PRODUCTS / name).is_dir():
+            shutil.copytree(PRODUCTS / name, root / name)
+    with lab.server(root) as (address, token):
+        yield root, address, token
+
+
+@pytest.fixture
+def open_notebook(course, browser):
+    """Opens a notebook; afterwards nothing may have gone wrong in its page."""
+    root, address, token = course
+    opened = []
+
+    def open_it(path: str) -> lab.Notebook:
+        if not (root / path).is_file():
+            pytest.skip(f"{path} is not there; run `make build`")
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        notebook = lab.Notebook(page, address, token)
+        opened.append(notebook)
+        notebook.open(path)
+        return notebook
+
+    yield open_it
+    for notebook in opened:
+        notebook.page.close()
+        assert notebook.problems == []
+
+
+def _picture(notebook: lab.Notebook, name: str) -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    notebook.page.screenshot(path=PICTURES / f"{name}.png")
+
+
+def _cells(root: Path, path: str) -> list[dict]:
+    return json.loads((root / path).read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_course_opens_on_its_first_notebook(course, browser):
+    root, address, token = course
+    if not (root / FIRST_NOTEBOOK).is_file():
+        pytest.skip(f"{FIRST_NOTEBOOK} is not there; run `make build`")
+    page = browser.new_page()
+    notebook = lab.Notebook(page, address, token)
+    page.goto(f"{address}/?token={token}")
+    page.wait_for_url(f"**/lab/tree/{FIRST_NOTEBOOK}**", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+    # No question about news, no update notice, no dialog about a kernel.
+    page.wait_for_timeout(1000)
+    assert page.locator(".jp-Dialog, .Toastify__toast").count() == 0
+    assert notebook.problems == []
+    page.close()
+
+
+def test_lesson_runs_and_its_explorer_and_quiz_answer(course, open_notebook):
+    notebook = open_notebook(LESSON)
+    notebook.run_all(timeout_seconds=240)
+    assert notebook.errors() == []
+    page = notebook.page
+    for image in page.locator(".jp-Notebook .jp-OutputArea img").all():
+        assert len(image.get_attribute("alt") or "") > 10
+
+    _move_a_slider(notebook)
+    _picture(notebook, "lesson_01_explorer")
+
+    question = tomllib.loads(QUIZ.read_text(encoding="utf-8"))["question"][0]
+    quiz = page.locator(".tl-quiz")
+    options = quiz.locator(".tl-option")
+    right = question["answer"]
+    wrong = 1 if right == 0 else 0
+    check = quiz.get_by_role("button", name="Check").first
+    options.nth(wrong).click()
+    check.click()
+    quiz.locator(".tl-wrong").wait_for()
+    # Again, with the keyboard alone.
+    options.nth(right).get_by_role("radio").focus()
+    page.keyboard.press("Space")
+    quiz.locator(".tl-wrong").wait_for(state="detached")
+    check.focus()
+    page.keyboard.press("Enter")
+    quiz.locator(".tl-right").wait_for()
+    assert "1 of" in quiz.locator('[role="status"]').last.inner_text()
+    assert [radio.is_checked() for radio in options.get_by_role("radio").all()].count(True) == 1
+    _picture(notebook, "lesson_01_quiz")
+    assert notebook.errors() == []
+
+
+def _move_a_slider(notebook: lab.Notebook) -> None:
+    """Press an arrow key on the first slider; the figure below it must become another."""
+    page = notebook.page
+    output = page.locator(".jp-Cell").filter(has=page.locator(".noUi-handle")).first
+    handle, figure = output.locator(".noUi-handle").first, output.locator("img").first
+    before = figure.get_attribute("src")
+    at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+    handle.focus()
+    page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
+    page.wait_for_function(
+        "([image, before]) => image.isConnected ? image.src !== before : true",
+        arg=[figure.element_handle(), before],
+        timeout=20_000,
+    )
+    assert figure.get_attribute("src") != before
+    assert len(figure.get_attribute("alt") or "") > 10
+    figure.scroll_into_view_if_needed()
+
+
+def test_exercise_tells_right_from_wrong(course, open_notebook):
+    root, _, _ = course
+    notebook = open_notebook(EXERCISE)
+    cells = _cells(root, EXERCISE)
+    place = {cell["id"]: number for number, cell in enumerate(cells)}
+    answers = [cell["id"] for cell in cells if re.fullmatch(r"03-q\d-answer", cell["id"])]
+    solved, spoilt, *_ = [name for name in answers if name.replace("answer", "check") in place]
+    notebook.write(place[solved], _solution(root, solved))
+    notebook.write(place[spoilt], _nonsense(cells[place[spoilt]]))
+    notebook.run_all(timeout_seconds=180)
+    assert notebook.errors() == []
+
+    results = {
+        name: notebook.cell(place[name.replace("answer", "check")])
+        .locator('.jp-OutputArea [role="status"]')
+        .first.inner_text()
+        for name in answers
+        if name.replace("answer", "check") in place
+    }
+    assert _verdict(results.pop(solved)) == "right"
+    told = results.pop(spoilt)
+    assert _verdict(told) == "wrong"
+    assert "expected" in told  # and it says what differs
+    assert results and {_verdict(text) for text in results.values()} == {"not attempted"}
+
+    for name, answer in (("right", solved), ("wrong", spoilt)):
+        notebook.cell(place[answer.replace("answer", "check")]).scroll_into_view_if_needed()
+        _picture(notebook, f"exercise_03_{name}")
+
+
+def _solution(root: Path, cell_id: str) -> str:
+    """The answer of the solutions notebook, read when the test runs."""
+    if not (root / SOLUTION).is_file():
+        pytest.skip(f"{SOLUTION} is not there; run `make build`")
+    (source,) = [cell["source"] for cell in _cells(root, SOLUTION) if cell["id"] == cell_id]
+    return "".join(source)
+
+
+def _nonsense(cell: dict) -> str:
+    """A function of the same name that cannot be right."""
+    name = re.search(r"^def (\w+)\(", "".join(cell["source"]), re.MULTILINE)[1]
+    return f"def {name}(*anything):\n    return 'no idea'"
+
+
+def _verdict(text: str) -> str:
+    """The status in the first line of a check's output."""
+    return re.search(r": (not attempted|right|wrong)\s*$", text.splitlines()[0])[1]
