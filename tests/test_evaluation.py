@@ -176,6 +176,14 @@ def test_calibration_error_in_known_cases() -> None:
     assert calibration_error(sure, np.array([0, 0, 0, 1])) == pytest.approx(0.25)
 
 
+def test_a_bin_holds_its_upper_edge() -> None:
+    """Guo et al.: ((m - 1) / M, m / M]; a confidence of 1/2 is in the first of two bins."""
+    probabilities, targets = np.array([[0.5, 0.5], [0.75, 0.25]]), np.array([0, 1])
+    expected = brute_force_calibration(probabilities, targets, 2)
+    assert expected == pytest.approx((abs(1 - 0.5) + abs(0 - 0.75)) / 2)
+    assert calibration_error(probabilities, targets, 2) == pytest.approx(expected)
+
+
 def test_a_model_whose_probabilities_are_true_is_calibrated() -> None:
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(3), size=100_000)

@@ -79,8 +79,9 @@ def test_gradients_off_alone_would_let_the_buffers_move() -> None:
 
 
 def test_stays_in_evaluation_mode_whatever_is_asked() -> None:
-    model = Net().eval()
+    model = Net()
     tl.freeze(model.backbone)
+    assert model.training and not any(part.training for part in model.backbone.modules())
     for ask in (model.train, model.backbone.train, model.backbone[1].train, model.eval):
         ask()
         assert not any(part.training for part in model.backbone.modules())
@@ -244,6 +245,13 @@ def test_norms_over_several_dimensions_are_not_decayed() -> None:
     model = nn.Sequential(nn.LayerNorm([4, 3, 3]), nn.Conv2d(4, 2, 3))
     groups = freezing.parameter_groups(model, 0.1, 0.01)
     assert [n for g in groups if g["weight_decay"] for n in g["names"]] == ["1.weight"]
+
+
+def test_vectors_of_any_name_are_not_decayed() -> None:
+    model = nn.Linear(2, 2)
+    model.layer_scale = nn.Parameter(torch.ones(2))
+    groups = freezing.parameter_groups(model, 0.1, 0.01)
+    assert [n for g in groups if g["weight_decay"] for n in g["names"]] == ["weight"]
 
 
 def test_layers_of_well_known_models() -> None:

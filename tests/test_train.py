@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -160,7 +161,7 @@ def test_clipping_bounds_the_whole_gradient(precision: str) -> None:
         num_steps=1, optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, max_grad_norm=0.01,
         precision=precision,
     )  # fmt: skip
-    tl.fit(model, [(100 * inputs, targets)], None, config)
+    tl.fit(model, [(inputs, targets)], None, config)
     moved = torch.cat([(before[n] - p.detach()).flatten() for n, p in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -377,6 +378,22 @@ def test_fp16_steps_are_not_wasted() -> None:
     before = weights(model)
     tl.fit(model, batches(32), None, settings(num_steps=1, precision="fp16"))
     assert not torch.equal(before["head.weight"], model.head.weight)
+
+
+def test_fp16_recovers_from_gradients_that_overflow() -> None:
+    """Steps are skipped, without a warning, until the loss scale is small enough."""
+    model = linear()
+    inputs, targets = batches(32)[0]
+    before = weights(model)
+    config = settings(num_steps=1, precision="fp16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tl.fit(model, [(300 * inputs, targets)], None, config)
+        assert_same_weights(model, before)
+        config = settings(num_steps=8, precision="fp16")
+        tl.fit(model, [(300 * inputs, targets)], None, config)
+    assert not torch.equal(model.weight, before["weight"])
+    assert torch.isfinite(model.weight).all()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -177,6 +178,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         with ExitStack() as cleanup:  # undone at once if the tracker's package is missing
             cleanup.callback(self.model.eval)
+            # In fp16 a step whose gradients overflow is skipped; torch misreads that.
+            cleanup.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.tracker = tracking.make_tracker(self.config)
             cleanup.callback(self.tracker.close)
             bar = tracking.progress_bar(self.plan.num_steps, self.config.progress)

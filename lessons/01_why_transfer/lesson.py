@@ -333,8 +333,9 @@ def labels_needed(accuracy, arm):
 
 for count in (2, 5, 10):
     reached = recorded[count].interval(best).mean
-    print(f"transfer, {count:2} labels: {reached:.2f}; scratch needs", end=" ")
-    print(f"about {labels_needed(reached, 'scratch'):.0f} labels per class")
+    needed = labels_needed(reached, "scratch")
+    worth = f"about {needed:.0f}" if np.isfinite(needed) else f"more than {max(counts)}"
+    print(f"transfer, {count:2} labels: {reached:.2f}; scratch needs {worth} labels per class")
 
 # %% [markdown]
 # **By slope**: where does more labelling help each arm most? The probe flattens early: a fixed

@@ -7,7 +7,7 @@
 #
 # **Points**: 17. **Time**: about 60 minutes. **Before this**: lesson 02.
 #
-# Below every answer stands a check. Run it as often as you like; it counts nothing.
+# Below every answer stands a check. Run it as often as you like; nothing is recorded.
 
 # %% tags=["setup"]
 import tlcourse as tl

@@ -449,7 +449,7 @@ QUESTIONS = [
     ),
     Question(
         id="02.q5",
-        title="How wrong may theta_0 be?",
+        title="The length that is safe",
         points=3,
         cases=cases_q5,
         expected=safe_length,

@@ -433,7 +433,9 @@ print(f"chosen: lr = {config.lr:g}")
 model = at_the_start()
 loaders = task.loaders(batch_size=32, augment=True, seed=0)
 history = tl.fit(model, loaders.train, loaders.val, config)
-print(f"stopped after step {history.step[-1]} ({history.stop_reason}), kept step {history.best_step}")
+print(
+    f"stopped after step {history.step[-1]} ({history.stop_reason}), kept step {history.best_step}"
+)
 
 # %%
 tl.plots.alt(
@@ -498,7 +500,9 @@ torch.save(model.backbone.state_dict(), folder / "backbone_only.pt")
 forgetful = tl.Classifier(tl.load_backbone("glyphnet", pretrained=False), task.num_classes)
 forgetful.backbone.load_state_dict(torch.load(folder / "backbone_only.pt", weights_only=True))
 accuracy = tl.evaluate(forgetful.to(run.device), loaders.val).accuracy
-print(f"validation accuracy, backbone only saved: {accuracy:.2f}; all saved: {max(history.val_accuracy):.2f}")
+print(
+    f"validation accuracy, backbone only saved: {accuracy:.2f}; all saved: {max(history.val_accuracy):.2f}"
+)
 assert accuracy < 0.4
 
 # %% [markdown]
@@ -535,6 +539,7 @@ def read_digit(picture):
 answer = read_digit(three)
 print("says", int(answer.argmax()), "with probability", f"{answer.max():.2f}")
 
+
 # %%
 def show_answer(picture):
     """The picture beside a bar for each class."""
@@ -546,7 +551,9 @@ def show_answer(picture):
     return figure
 
 
-tl.plots.alt(show_answer(three), "A hand-drawn 3, and the probability that the model gives each digit.")
+tl.plots.alt(
+    show_answer(three), "A hand-drawn 3, and the probability that the model gives each digit."
+)
 
 # %% [markdown]
 # Now yours. Click cells to draw, or upload a picture of a digit. What you draw is put on grey
@@ -743,14 +750,21 @@ tl.plots.alt(pictures, "Five old images, upright, and five new ones, turned by a
 # %%
 def join(a, b):
     """One split out of two."""
-    return type(a)(*(torch.cat([getattr(x, key) for x in (a, b)]) for key in ("inputs", "targets", "ids")))
+    return type(a)(
+        *(torch.cat([getattr(x, key) for x in (a, b)]) for key in ("inputs", "targets", "ids"))
+    )
 
 
 def refresh(saved, split, seed, num_steps=60):
     """Train on from a saved reader; the saved one is left as it is."""
     reader = copy.deepcopy(saved)
     loader = tl.datasets.BatchLoader(
-        split.inputs, split.targets, 32, shuffle=True, transform=tl.datasets.augment_images, seed=seed
+        split.inputs,
+        split.targets,
+        32,
+        shuffle=True,
+        transform=tl.datasets.augment_images,
+        seed=seed,
     )
     settings = replace(config, num_steps=num_steps, patience=None)
     tl.fit(reader, loader, None, settings)
@@ -799,7 +813,9 @@ for way in ("new only", "new + 20 old", "new + all old"):
 letters, _ = tl.sources.glyph_batch(400, torch.Generator().manual_seed(0))
 on_letters = tl.predict(model, letters).max(dim=1)
 on_digits = tl.predict(model, task.val.inputs).max(dim=1)
-print(f"mean confidence: {on_digits.values.mean():.2f} on digits, {on_letters.values.mean():.2f} on letters")
+print(
+    f"mean confidence: {on_digits.values.mean():.2f} on digits, {on_letters.values.mean():.2f} on letters"
+)
 titles = [f"{int(on_letters.indices[i])}: {on_letters.values[i]:.2f}" for i in range(10)]
 pictures = tl.plots.show_images(letters[:10], titles, ncols=10)
 tl.plots.alt(pictures, "Ten letters and symbols with the digit that was read and the confidence.")
