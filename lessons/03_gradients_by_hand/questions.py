@@ -18,6 +18,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exps / exps.sum(axis=1, keepdims=True)
 
 
+def apart(got: object, expected: np.ndarray) -> bool:
+    """True if an answer's array differs, in shape or in value."""
+    got = np.asarray(got)
+    return got.shape != np.shape(expected) or not np.allclose(got, expected, rtol=1e-6, atol=1e-8)
+
+
+def factor(got: object, expected: np.ndarray) -> float | None:
+    """The f with ``got == f * expected``, where there is one."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    if got.shape != expected.shape or not np.all(np.isfinite(got)) or not np.any(expected):
+        return None
+    ratio = float(np.sum(got * expected) / np.sum(expected * expected))
+    return None if apart(got, ratio * expected) else ratio
+
+
+def near(ratio: float | None, *values: float) -> bool:
+    return ratio is not None and any(abs(ratio - value) < 1e-6 * abs(value) for value in values)
+
+
 # --- 03.q1 cross-entropy -------------------------------------------------------------------
 
 
@@ -64,6 +83,24 @@ def _log_of_clipped(logits, targets):
     return float(-np.mean(np.log(p + 1e-9)))
 
 
+def hint_q1(case: tuple, expected: float, got: object) -> str:
+    logits = case[0]
+    if not isinstance(got, float):
+        return "return one number, the mean over the images."
+    if not np.isfinite(got):
+        return (
+            "something overflowed or underflowed. Subtract each row's own maximum (axis=1, "
+            "keepdims=True) before exp, and never take the log of a p: log p = z - lse(z)."
+        )
+    if near(factor(got, expected), len(logits)):
+        return "that is the sum over the images; the question asks for the mean."
+    if near(factor(got, expected), -1):
+        return "the loss is *minus* the log of the true class's probability."
+    if np.abs(logits).max() > 500:
+        return "a p of exactly 0 was mended before the log. Use log p = z - lse(z) instead."
+    return "log p = z - lse(z), and lse runs along axis 1, over the classes of one image."
+
+
 # --- 03.q2 gradient of the logits ----------------------------------------------------------
 
 
@@ -90,6 +127,21 @@ def _naive_logit_gradient(logits, targets):
 def _only_the_true_class(logits, targets):
     y = one_hot(targets, logits.shape[1])
     return y * (softmax(logits) - y) / len(logits)
+
+
+def hint_q2(case: tuple, expected: np.ndarray, got: object) -> str:
+    if np.shape(got) != expected.shape:
+        return f"dZ has the shape of Z, {expected.shape}."
+    if not np.all(np.isfinite(np.asarray(got))):
+        return "exp overflowed: subtract each row's own maximum first."
+    ratio = factor(got, expected)
+    if near(ratio, len(expected)):
+        return "that is p - y. The loss is a *mean* over n images, so its gradient carries 1/n."
+    if near(ratio, -1):
+        return "the sign: claimed minus true."
+    if ratio is not None:
+        return f"yours is {ratio:.4g} times the right one; divide by n, the number of images."
+    return "p - y for each image: softmax along axis 1, minus a row of np.eye(K)."
 
 
 # --- 03.q3 head ----------------------------------------------------------------------------
@@ -125,9 +177,23 @@ def _head_without_bias(features, targets, weight, bias):
     return head_gradients(features, targets, weight, np.zeros_like(bias))
 
 
-# --- 03.q4 backbone ------------------------------------------------------------------------
+def hint_q3(case: tuple, expected: Arrays, got: object) -> str:
+    n = len(case[0])
+    if not isinstance(got, dict) or set(got) != set(expected):
+        return "return a dict with the keys 'weight' and 'bias'."
+    for name, right in expected.items():
+        if np.shape(got[name]) != right.shape:
+            return f"the gradient of the {name} has the shape of the {name}, {right.shape}."
+    for name, right in expected.items():
+        ratio = factor(got[name], right)
+        if n > 1 and near(ratio, n, 1 / n):
+            return f"{name}: dZ carries the 1/n, once. Sum over the images."
+    if apart(got["weight"], expected["weight"]) and apart(got["bias"], expected["bias"]):
+        return "are the logits H V^T + c? Check dZ first, with question 2."
+    return "dV sums dz_ik h_ij over the images i; dc sums dz_ik over them."
 
-PLACES = ("W1", "b1", "V", "c")
+
+# --- 03.q4 backbone ------------------------------------------------------------------------
 
 
 def cases_q4(rng: np.random.Generator) -> list[tuple]:
@@ -223,15 +289,12 @@ def hint_q4(case: tuple, expected: Arrays, got: object) -> str:
             "when frozen is True the keys 'W1' and 'b1' must be absent. A gradient of zeros is "
             "not the same: weight decay would still shrink the weights."
         )
-    wrong = [name for name in PLACES if name in expected and _apart(got[name], expected[name])]
-    if "V" in wrong or "c" in wrong:
+    for name, right in expected.items():
+        if np.shape(got[name]) != right.shape:
+            return f"the gradient of {name} has the shape of {name}, {right.shape}."
+    if apart(got["V"], expected["V"]) or apart(got["c"], expected["c"]):
         return "start with the head: it reads the values *after* the ReLU, and dZ carries the 1/n."
     return "the head is right. On the way down, dU = (dZ V) times [U > 0]: is the gate there?"
-
-
-def _apart(a: object, b: np.ndarray) -> bool:
-    a = np.asarray(a)
-    return a.shape != b.shape or not np.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
 # --- 03.q5 LoRA ----------------------------------------------------------------------------
@@ -240,7 +303,7 @@ def _apart(a: object, b: np.ndarray) -> bool:
 def cases_q5(rng: np.random.Generator) -> list[tuple]:
     """The first step (B = 0), a later one, and a square layer with rank equal to its width."""
     cases = []
-    for n, i, o, r, alpha in ((3, 5, 4, 2, 2.0), (4, 6, 5, 2, 8.0), (4, 3, 3, 3, 1.0)):
+    for n, i, o, r, alpha in ((3, 5, 4, 2, 2.0), (7, 6, 5, 2, 8.0), (4, 3, 3, 3, 1.0)):
         B = np.zeros((o, r)) if not cases else rng.normal(size=(o, r))
         A, dU = rng.normal(size=(r, i)), rng.normal(size=(n, o))
         cases.append((rng.normal(size=(n, i)), dU, A, B, alpha))
@@ -281,19 +344,22 @@ def _lora_A_never_moves(H, dU, A, B, alpha):
 
 
 def hint_q5(case: tuple, expected: Arrays, got: object) -> str:
-    _, _, A, B, alpha = case
+    H, _, A, B, alpha = case
     if not isinstance(got, dict) or set(got) != {"A", "B"}:
         return "return a dict with the keys 'A' and 'B'."
     for name in "AB":
         if np.shape(got[name]) != expected[name].shape:
             return f"d{name} must have the shape of {name}, {expected[name].shape}."
-    for name in "AB":
-        value, right = np.asarray(got[name]), expected[name]
-        ratio = np.sum(value * right) / max(np.sum(right * right), 1e-300)
-        if np.any(right) and _apart(value, right) and not _apart(value, ratio * right):
-            return f"d{name} is {ratio:.4g} times the right one. The scale is alpha / r, once."
+    if np.any(B) and not np.any(got["A"]):
+        return "dA is zero only while B is: dA = s B^T dW."
     if not np.any(B) and np.any(got["A"]):
         return "here B = 0, so dA must be zero: A is felt only through B."
+    ratios = [factor(got[name], expected[name]) for name in "AB" if np.any(expected[name])]
+    if any(near(ratio, 1 / len(H)) for ratio in ratios):
+        return "dU carries the 1/n already."
+    for ratio in ratios:
+        if ratio is not None and not near(ratio, 1):
+            return f"yours is {ratio:.4g} times the right one. The scale is s = alpha / r, once."
     return "form dW = dU^T H on paper, then dB = s dW A^T and dA = s B^T dW."
 
 
@@ -323,8 +389,7 @@ QUESTIONS = [
         points=2,
         cases=cases_q1,
         expected=cross_entropy,
-        hint="subtract each row's own maximum (axis=1, keepdims=True) before exp, and take "
-        "log p = z - lse(z); never the log of a probability that may be 0.",
+        hint=hint_q1,
         wrong={
             "naive softmax": _naive_cross_entropy,
             "one maximum for the whole batch": _one_top_for_all,
@@ -340,7 +405,7 @@ QUESTIONS = [
         points=2,
         cases=cases_q2,
         expected=logit_gradient,
-        hint="p - y for each image, divided by the number of images n, as the loss is their mean.",
+        hint=hint_q2,
         wrong={
             "no 1/n": lambda logits, targets: logit_gradient(logits, targets) * len(logits),
             "1/(n K)": lambda logits, targets: logit_gradient(logits, targets) / logits.shape[1],
@@ -357,8 +422,7 @@ QUESTIONS = [
         points=2,
         cases=cases_q3,
         expected=head_gradients,
-        hint="a gradient has the shape of the thing that it belongs to: dV is (K, m) like V. "
-        "dZ already carries the 1/n, so sum over the images; do not average once more.",
+        hint=hint_q3,
         wrong={
             "transposed": _head_variant(lambda g, _: {**g, "weight": g["weight"].T}),
             "averaged twice": _head_variant(lambda g, h: {k: v / len(h) for k, v in g.items()}),
