@@ -48,8 +48,7 @@ def take(arguments: argparse.Namespace, executable: str) -> list[Path]:
             lab.server(Path(folder), theme) as (address, token),
             lab.browser(executable) as browser,
         ):
-            size = {"width": arguments.width, "height": arguments.height}
-            page = browser.new_page(viewport=size)
+            page = browser.new_page(viewport={"width": arguments.width, "height": arguments.height})
             notebook = lab.Notebook(page, address, token)
             notebook.open(arguments.notebook.name, simple=True)
             if arguments.run:
@@ -66,29 +65,22 @@ def save(notebook: lab.Notebook, arguments: argparse.Namespace) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     total = notebook.height()
     if arguments.full:
-        height = min(total + _TOOLBARS, _TALLEST)
-        page.set_viewport_size({"width": arguments.width, "height": height})
+        tall = min(total + _TOOLBARS, _TALLEST)
+        page.set_viewport_size({"width": arguments.width, "height": tall})
         page.wait_for_timeout(1000)
         page.screenshot(path=out)
         return [out]
     seen = page.locator(".jp-WindowedPanel-outer").bounding_box()
     assert seen is not None
+    x, y, width, height = seen["x"], seen["y"], seen["width"], seen["height"]
     paths: list[Path] = []
-    for number, top in enumerate(range(0, total, int(seen["height"])), 1):
+    for number, top in enumerate(range(0, total, int(height)), 1):
         # At the end the notebook scrolls less than asked: cut off what was seen before.
         before = top - notebook.scroll_to(top)
         page.wait_for_timeout(150)
-        height = min(seen["height"] - before, total - top)
+        rest = min(height - before, total - top)
         path = out.with_name(f"{out.stem}-{number}.png")
-        page.screenshot(
-            path=path,
-            clip={
-                "x": seen["x"],
-                "y": seen["y"] + before,
-                "width": seen["width"],
-                "height": height,
-            },
-        )
+        page.screenshot(path=path, clip={"x": x, "y": y + before, "width": width, "height": rest})
         paths.append(path)
     return paths
 

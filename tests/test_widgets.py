@@ -192,7 +192,7 @@ def test_explorer_draws_with_the_values_of_its_controls(shown):
     assert calls == [{"labels": 10, "arm": "transfer"}]
     assert text.startswith("Explorer: labels per class = 10, arm = transfer.")
     assert "10 labels, transfer" in picture and picture.count("<img") == 1
-    assert 'alt="Figure for labels = 10, arm = transfer"' in picture
+    assert 'alt="Figure for labels per class = 10, arm = transfer"' in picture
     slider, arm, pane = widget.children
     assert pane.value == picture
     slider.value = 20

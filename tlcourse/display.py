@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_CHART_COLOURS = 8000  # more than a chart has, its softened edges included
+_UNSEEN_DIFFERENCE = 0.5  # mean over the pixels, of 255 levels
+
 
 def in_notebook() -> bool:
     """True in a Jupyter kernel (also Colab's), False in a plain script or terminal."""
@@ -50,18 +53,32 @@ def show_widget(widget: Any, text: str, picture: str = "") -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, at the figure's own dpi, cropped to what is drawn."""
-    buffer = io.BytesIO()
-    # Without the version of matplotlib in it, the same picture is the same bytes.
+    """A figure as PNG, at its own dpi, cropped to what is drawn, on white.
+
+    A chart keeps 256 colours, which makes it a third as large; a figure that would look
+    different in them, such as photographs, keeps all.
+    """
+    from PIL import Image, ImageChops, ImageStat
+
+    drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(
-        buffer,
+        drawn,
         format="png",
         dpi=figure.dpi,
         bbox_inches="tight",
-        metadata={"Software": None},
-        pil_kwargs={"optimize": True},
+        facecolor="white",
+        pil_kwargs={"compress_level": 1},
     )
-    return buffer.getvalue()
+    with Image.open(drawn) as file:
+        picture = file.convert("RGB")
+    if picture.getcolors(_CHART_COLOURS) is not None:
+        reduced = picture.quantize(256)
+        difference = ImageChops.difference(picture, reduced.convert("RGB"))
+        if max(ImageStat.Stat(difference).mean) < _UNSEEN_DIFFERENCE:
+            picture = reduced
+    # Without matplotlib's version in it, the same picture is the same bytes.
+    picture.save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def image_html(data: bytes, text: str) -> str:

@@ -44,7 +44,12 @@ def run(scratch_steps: int) -> dict:
 
     set_seed(0)
     task = load_task("wild_digits", LABELS_PER_CLASS, seed=0)
-    slow = TrainConfig(lr=3e-3, num_steps=scratch_steps, warmup_steps=10, eval_every_steps=50)
+    slow = TrainConfig(
+        lr=3e-3,
+        num_steps=scratch_steps,
+        warmup_steps=min(10, scratch_steps // 10),
+        eval_every_steps=50,
+    )
     fast = TrainConfig(lr=1e-3, num_steps=max(1, scratch_steps // 2), eval_every_steps=50)
     methods = {
         "logistic regression on pixels": lambda: pixels(task),

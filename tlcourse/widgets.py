@@ -96,16 +96,16 @@ def explore(draw: Callable[..., Any], /, **controls: ipywidgets.Widget) -> None:
         TypeError: if a control is neither slider nor choice.
     """
     _check_controls(controls)
-    picture = _picture(draw, _values(controls))
-    summary = ", ".join(f"{c.description} = {_shown(c)}" for c in controls.values())
+    picture = _picture(draw, controls)
     if os.environ.get("TLCOURSE_BUILD"):
         _try_ends(draw, controls)
     _align(controls)
     pane = Pane(picture)
+    summary = _summary(controls)
 
     def redraw(_: Any) -> None:
         started = time.perf_counter()
-        pane.show(lambda: _picture(draw, _values(controls)))
+        pane.show(lambda: _picture(draw, controls))
         follow = time.perf_counter() - started < _FOLLOW_BELOW_SECONDS
         for control in controls.values():
             if hasattr(control, "continuous_update"):
@@ -148,7 +148,7 @@ def stepper(
 
     @functools.cache
     def picture(step: int) -> str:
-        return capture(lambda: draw(step), f"Figure for {label} {step}")
+        return capture(functools.partial(draw, step), f"Figure for {label} {step}")
 
     picture(last)
     pane = Pane(picture(0))
@@ -177,9 +177,8 @@ def stepper(
     )
 
 
-def _picture(draw: Callable[..., Any], values: dict[str, Any]) -> str:
-    words = ", ".join(f"{name} = {value}" for name, value in values.items())
-    return capture(lambda: draw(**values), f"Figure for {words}")
+def _picture(draw: Callable[..., Any], controls: dict[str, ipywidgets.Widget]) -> str:
+    return capture(functools.partial(draw, **_values(controls)), f"Figure for {_summary(controls)}")
 
 
 def _check_controls(controls: dict[str, ipywidgets.Widget]) -> None:
@@ -195,9 +194,12 @@ def _values(controls: dict[str, ipywidgets.Widget]) -> dict[str, Any]:
     return {name: control.value for name, control in controls.items()}
 
 
-def _shown(control: ipywidgets.Widget) -> str:
-    """A control's value as the reader sees it."""
-    return str(getattr(control, "label", control.value))
+def _summary(controls: dict[str, ipywidgets.Widget]) -> str:
+    """The controls' values as the reader sees them."""
+    return ", ".join(
+        f"{control.description} = {getattr(control, 'label', control.value)}"
+        for control in controls.values()
+    )
 
 
 def _align(controls: dict[str, ipywidgets.Widget]) -> None:
@@ -218,6 +220,6 @@ def _try_ends(draw: Callable[..., Any], controls: dict[str, ipywidgets.Widget]) 
             tried = [control.min, control.max]
         for value in tried:
             try:
-                _picture(draw, {**start, name: value})
+                capture(functools.partial(draw, **{**start, name: value}), "tried")
             except Exception as error:
                 raise RuntimeError(f"explore: draw fails at {name}={value!r}: {error}") from error

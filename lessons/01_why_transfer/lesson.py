@@ -380,27 +380,29 @@ plain_counts = sorted(plain)
 curves = {name: [plain[count].scores[name] for count in plain_counts] for name in plain_names}
 ax = plots.plot_learning_curve(plain_counts, curves, chance=0.1)
 ax.set(ylim=(0, 1), title="Plain digits")
-plots.alt(ax, "On plain digits all arms come together: augmentation closes most of the gap")
+plots.alt(ax, "On plain digits the arms come together; augmentation closes most of the gap")
 
 # %%
 print("labels   pre-training adds             augmentation adds")
 for count in plain_counts:
-    pretraining = plain[count].difference("probe, then fine-tune", "scratch")
-    augmentation = plain[count].difference("scratch", "scratch, no augmentation")
-    print(f"{count:6}   {pretraining}   {augmentation}")
+    by_pretraining = plain[count].difference("probe, then fine-tune", "scratch")
+    by_augmentation = plain[count].difference("scratch", "scratch, no augmentation")
+    print(f"{count:6}   {by_pretraining}   {by_augmentation}")
 
 # %% [markdown]
 # Here "pre-training adds" is transfer minus scratch, both augmented, and "augmentation adds" is
-# scratch with minus scratch without it. The advantage of pre-training is largest with one label and
-# fades to nothing that matters; an easy target needs little help, and a few lines of augmentation
-# tell the network most of what pre-training would have told it.
+# scratch with minus scratch without it. At five labels, a few lines of augmentation are worth about
+# 20 points, and pre-training about 3 on top. With one label pre-training seems to add more, but look
+# at the width of that interval: five draws of ten images say little. At fifty labels next to nothing
+# is left to add. An easy target needs little help, and augmentation has told the network most of
+# what pre-training would have told it.
 
 # %%
-few, many = min(plain_counts), max(plain_counts)
-advantage = {n: plain[n].difference("probe, then fine-tune", "scratch") for n in plain_counts}
-assert advantage[few].low > advantage[many].high
-assert abs(advantage[many].mean) < 0.03
-assert advantage[5].mean < gains[5].mean - 0.2  # far less than on wild digits
+pretraining = {n: plain[n].difference("probe, then fine-tune", "scratch") for n in plain_counts}
+augmentation = plain[5].difference("scratch", "scratch, no augmentation")
+assert augmentation.low > pretraining[5].high + 0.05
+assert pretraining[5].high < gains[5].low - 0.2  # far less than on wild digits
+assert abs(pretraining[50].mean) < 0.03
 
 # %% [markdown]
 # So, before you reach for a pre-trained network, ask:

@@ -353,10 +353,10 @@ if right_4 and right_5:
     tl.plots.alt(fig, words)
 
 # %% [markdown]
-# The grey line keeps us honest: a new network, trained from scratch on those 100 images, does as
-# well, as these digits are easy. What you have shown is not that LoRA wins, but that 384 numbers
-# and your two formulas can turn a frozen network around. And look to the right: at step 0, $dA$
-# is exactly zero.
+# The grey line keeps us honest: a new network, trained from scratch on those 100 images, does
+# even a little better, as these digits are easy. What you have shown is not that LoRA wins, but
+# that 384 numbers and your two formulas can turn a frozen network around. And look to the right:
+# at step 0, $dA$ is exactly zero.
 #
 # ## Question 6. Judgement (4 points)
 #

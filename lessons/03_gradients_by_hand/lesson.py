@@ -74,7 +74,8 @@ rng = np.random.default_rng(0)
 # One shorthand carries the lesson. For any quantity $q$ in the picture, **$dq$ means
 # $\partial L / \partial q$**, the answer to "if this number grew a little, how much would the
 # loss grow?". So $dq$ always has the shape of $q$. Half of all mistakes die on that sentence
-# alone.
+# alone. The other tool is the chain rule, which is one sentence too: slopes multiply along a
+# path, and add up over all paths.
 
 # %% jupyter={"source_hidden": true}
 GREY = "#C8C8C8"
@@ -238,7 +239,7 @@ np.testing.assert_allclose(-dw, half_the_difference, atol=1e-12)
 # two errors pull in opposite directions:
 #
 # $$E(h) \approx \underbrace{\frac{\varepsilon\,|f|}{h}}_{\text{rounding}} + \underbrace{\frac{h^2}{6}\,|f'''|}_{\text{Taylor}},
-# \qquad E'(h) = 0 \;\Rightarrow\; h^3 = 3\,\varepsilon\,\frac{|f|}{|f'''|}.$$
+# \qquad E'(h) = -\frac{\varepsilon\,|f|}{h^2} + \frac{h}{3}\,|f'''| = 0 \;\Rightarrow\; h^3 = 3\,\varepsilon\,\frac{|f|}{|f'''|}.$$
 #
 # If $f$ and $f'''$ are of similar size, $h \approx \varepsilon^{1/3} \approx 6 \cdot 10^{-6}$.
 
@@ -370,8 +371,9 @@ assert error < 1e-10 and abs(db - bt.grad.item()) < 1e-10
 
 # %% [markdown]
 # Two referees because each has a blind spot. Finite differences need nothing but the loss, but
-# are slow (two losses per weight) and only good to some eight digits. Autograd is exact, but you
-# check one program of yours against another program.
+# are slow (two losses per weight) and only good to some eight digits. Autograd is exact to
+# rounding, but it differentiates the program that *you* wrote in PyTorch: put the same mistake
+# into both, and it agrees.
 #
 # ## Many classes: softmax
 #
@@ -381,8 +383,8 @@ assert error < 1e-10 and abs(db - bt.grad.item()) < 1e-10
 #
 # where $y$ is the one-hot truth (or any other numbers that sum to one, such as smoothed labels).
 #
-# **First, make it safe.** $e^{1000}$ overflows. But adding a constant $m$ to all logits changes
-# nothing, as $e^{m}$ cancels from the fraction. Choose $m = -\max_j z_j$: the largest exponent is
+# **First, make it safe.** $e^{1000}$ overflows. But adding a constant $a$ to all logits changes
+# nothing, as $e^{a}$ cancels from the fraction. Choose $a = -\max_j z_j$: the largest exponent is
 # then $0$, the sum lies between $1$ and $K$, and its logarithm is harmless.
 #
 # $$\mathrm{lse}(z) = \log \sum_j e^{z_j} = \max_j z_j + \log \sum_j e^{z_j - \max z}, \qquad \log p_k = z_k - \mathrm{lse}(z).$$
@@ -562,7 +564,8 @@ tl.plots.alt(fig, words)
 # $$dW_1 = \Big[\, W_2^\top \big( V^\top (p - y) \odot [u_2 > 0] \big) \odot [u_1 > 0] \,\Big]\; x^\top.$$
 #
 # Read from the inside out: the error, seen through the head, gated, seen through layer 2, gated,
-# times what came in.
+# times what came in. In the code, `link` is what turns logits into probabilities: here the
+# softmax.
 
 
 # %%
@@ -624,8 +627,8 @@ for name, theta in net.items():
 
 # %% [markdown]
 # Every number in the network has now been differentiated by you. And the binary case? The loss
-# enters in the line of $dZ$ and nowhere else. For one output, is it an eight or not, $V$ has a
-# single row and the link is the sigmoid. All other lines stay.
+# enters in the line of $dZ$ and nowhere else. For one output (an eight or not?) $V$ has a single
+# row, and the link is the sigmoid. All other lines stay.
 
 # %% tags=["nbval-check-output"]
 one_output = make_network(np.random.default_rng(1), K=1)
@@ -690,7 +693,7 @@ tl.plots.alt(ax, "The same graph; orange is every arrow from L back to U1, and t
 # (ReLUs and biases cost less than a hundredth of that; we leave them out.) With
 # $t_\ell = n\, i_\ell\, o_\ell$,
 #
-# $$\text{forward} = \sut_\ell t_\ell, \qquad
+# $$\text{forward} = \sum_\ell t_\ell, \qquad
 # \text{weight products} = \sum_{\ell\ \text{trained}} t_\ell, \qquad
 # \text{input products} = \sum_{\ell\ >\ \text{lowest trained}} t_\ell.$$
 
@@ -794,7 +797,7 @@ for name, trained in arms.items():
 # the loss. Its derivative is the easiest of the lesson: only one term of the sum holds
 # $\theta_j$, so
 #
-# $$\frac{\partial}{\partial \theta_j}\Big(L + \frac{\lambda}{2}\lVert\theta\rVert^2\Big) = dL_j + \lambda\,\theta_j .$$
+# $$\frac{\partial}{\partial \theta_j}\Big(L + \frac{\lambda}{2}\lVert\theta\rVert^2\Big) = d\theta_j + \lambda\,\theta_j .$$
 #
 # It needs no data, no chain rule and no backward pass. Every weight is pulled towards zero (with
 # L2-SP: towards its pre-trained value), whatever the images say.
@@ -910,8 +913,8 @@ for moment in ("first step, B = 0", "later, B not 0"):
 #
 # Full fine-tuning would have done $-\eta\, dW$. LoRA does the same, *seen through*
 # $s^2 A^\top A$: of all the directions in which the inputs of the layer can vary, only the $r$
-# random ones in $A$ get an answer. That is what low rank costs, and from here you can see why the
-# rank matters and the scale $\alpha$ acts like a learning rate.
+# random ones in $A$ get an answer. That is what a low rank costs. And the scale $s = \alpha / r$
+# acts like a learning rate, squared.
 
 # %%
 start = {"A": lora["A"], "B": np.zeros((16, rank))}
@@ -924,11 +927,14 @@ ranks = [np.linalg.matrix_rank(update) for update in (full_update, lora_step)]
 print(f"rank of the full update: {ranks[0]}, of LoRA's: {ranks[1]}")
 assert ranks[1] == rank < ranks[0]
 
+neither = lora_gradients(net, {"A": 0 * A, "B": 0 * B}, X, Y)  # both factors at zero
+assert not neither["A"].any() and not neither["B"].any()
+
 # %% [markdown]
 # ### What LoRA saves, and what it does not
 #
-# Give the two backbone layers of the wide network LoRA of rank 4 and train that and the head. 96
-# % of the weights are frozen. **Guess:** how much of a full training step is left?
+# Give both backbone layers of the wide network LoRA of rank 4, and train that and the head: less
+# than 4 % of the weights. **Guess:** how much of a full training step is left?
 #
 # The rule has the answer. The weight products of the frozen matrices are gone. But the gradient
 # still has to travel *down to the first layer's* $A$ and $B$, through every frozen matrix on its
@@ -1271,13 +1277,13 @@ tl.quiz("03")
 # ## Papers
 #
 # - Rumelhart, Hinton and Williams 1986, *Learning representations by back-propagating errors*,
-#   Nature 323: equations 1 to 7 are our table of the backbone.
+#   Nature 323: equations 4 to 7 are our way back.
 # - Baydin et al. 2018, *Automatic differentiation in machine learning: a survey*, section 2.1
 #   (numerical differentiation and its V) and section 3.2 (reverse mode), arXiv:1502.05767.
-# - Parr and Howard 2018, *The matrix calculus you need for deep learning*, sections 4 and 5,
+# - Parr and Howard 2018, *The matrix calculus you need for deep learning*, sections 4 to 6,
 #   arXiv:1802.01528.
 # - Blanchard, Higham and Higham 2021, *Accurately computing the log-sum-exp and softmax
-#   functions*, arXiv:1909.03469.
+#   functions*, section 1 (overflow and the shift), arXiv:1909.03469.
 # - Hu et al. 2021, *LoRA: low-rank adaptation of large language models*, section 4.1,
 #   arXiv:2106.09685.
 # - Loshchilov and Hutter 2019, *Decoupled weight decay regularization*, section 2,

@@ -113,7 +113,7 @@ def symptom(where):
     try:
         yield
     except Exception as error:
-        print(f"{where}: {type(error).__name__}: {str(error)[:120]}")
+        print(f"{where}: {type(error).__name__}: {str(error).split(' (')[0]}")
 
 
 # %%

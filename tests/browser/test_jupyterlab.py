@@ -5,6 +5,7 @@ Screenshots are kept in artifacts/browser.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,10 @@ pytest.importorskip("playwright")
 pytest.importorskip("jupyterlab")
 
 import lab
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
+from playwright.sync_api import Locator
 
 from tlcourse.cli import FIRST_NOTEBOOK
 
@@ -29,6 +34,20 @@ LESSON = "notebooks/part1_foundations/01_why_transfer.ipynb"
 EXERCISE = "notebooks/exercises/03_gradients_by_hand.ipynb"
 SOLUTION = "solutions/03_gradients_by_hand.ipynb"
 QUIZ = lab.REPO / "lessons" / "01_why_transfer" / "quiz.toml"
+WIDGETS = "widgets.ipynb"
+WIDGET_CELLS = (
+    """
+import tlcourse as tl
+def show(step):
+    print(f"this is step {step}")
+tl.widgets.stepper(show, 4)
+""",
+    """
+def show_ink(image):
+    print(f"ink {image.sum():g} of 1024")
+pad = tl.widgets.draw_digit(show_ink, example=1)
+""",
+)
 PICTURES = lab.REPO / "artifacts" / "browser"
 
 
@@ -45,6 +64,8 @@ def course(tmp_path_factory):
     for name in ("notebooks", "solutions"):
         if (PRODUCTS / name).is_dir():
             shutil.copytree(PRODUCTS / name, root / name)
+    cells = [new_code_cell(source.strip()) for source in WIDGET_CELLS]
+    (root / WIDGETS).write_text(nbformat.writes(new_notebook(cells=cells)), encoding="utf-8")
     with lab.server(root) as (address, token):
         yield root, address, token
 
@@ -145,6 +166,67 @@ def _move_a_slider(notebook: lab.Notebook) -> None:
     assert figure.get_attribute("src") != before
     assert len(figure.get_attribute("alt") or "") > 10
     figure.scroll_into_view_if_needed()
+
+
+def test_the_saved_lesson_reads_well_before_anything_runs(open_notebook):
+    notebook = open_notebook(LESSON)
+    if not notebook.page.locator(".jp-OutputArea-output").count():
+        pytest.skip(f"{LESSON} is a draft without outputs")
+    for image in notebook.page.locator(".jp-OutputArea img").all():
+        assert len(image.get_attribute("alt") or "") > 10
+        assert image.evaluate("image => image.naturalWidth") > 100
+    answers = notebook.page.locator(".jp-OutputArea details")
+    assert answers.count() == len(tomllib.loads(QUIZ.read_text(encoding="utf-8"))["question"])
+    answers.first.locator("summary").click()
+    assert answers.first.get_by_text("Right.").is_visible()
+    assert "Error displaying widget" not in notebook.page.inner_text(".jp-Notebook")
+
+
+def test_stepper_and_drawing_pad(open_notebook, tmp_path):
+    notebook = open_notebook(WIDGETS)
+    notebook.run_all()
+    assert notebook.errors() == []
+    page, (stepper, pad) = notebook.page, (notebook.cell(0), notebook.cell(1))
+
+    stepper.get_by_role("button", name="Next").click()
+    stepper.get_by_text("this is step 1").wait_for()
+    stepper.get_by_role("button", name="Play").click()
+    stepper.get_by_text("this is step 3").wait_for()
+    assert stepper.get_by_role("button", name="Next").is_disabled()
+
+    first = pad.get_by_title("row 1, column 1", exact=True)
+    before = _ink(pad)
+    first.click()
+    pad.get_by_text(f"ink {before + 16} of").wait_for()
+    assert first.evaluate("cell => getComputedStyle(cell).backgroundColor") == "rgb(0, 0, 0)"
+    first.focus()
+    page.keyboard.press("Enter")
+    pad.get_by_text(f"ink {before} of").wait_for()
+    pad.get_by_role("button", name="Clear").click()
+    pad.get_by_text("ink 0 of").wait_for()
+
+    _upload(pad, tmp_path / "letter.txt", b"Dear teacher")
+    pad.get_by_text("letter.txt: expected a whole image").wait_for()
+    assert _ink(pad) == 0
+    buffer = io.BytesIO()
+    sheet = Image.new("L", (300, 300), "white")
+    sheet.paste(0, (120, 40, 160, 240))  # a one
+    sheet.save(buffer, "PNG")
+    _upload(pad, tmp_path / "one.png", buffer.getvalue())
+    pad.get_by_text("ink 0 of").wait_for(state="detached")
+    assert pad.get_by_text("expected a whole image").count() == 0
+    _picture(notebook, "drawing_pad")
+
+
+def _ink(pad: Locator) -> int:
+    return int(re.search(r"ink (\d+) of", pad.locator("pre").last.inner_text())[1])
+
+
+def _upload(pad: Locator, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pad.page.expect_file_chooser() as chooser:
+        pad.get_by_role("button", name="Upload").click()
+    chooser.value.set_files(path)
 
 
 def test_exercise_tells_right_from_wrong(course, open_notebook):
