@@ -1,6 +1,6 @@
 """How much does pre-training on glyph scenes gain on wild digits, label by label?
 
-    python benchmarks/wild_digits.py [--task wild_digits] [--only ARM ...] [--counts 5 10]
+    python benchmarks/wild_digits.py [--task TASK] [--only ARM ...] [--counts 5 10]
 
 Each arm's learning rate is chosen on the validation split of one extra draw of labels; five
 other draws are then measured on the test split, paired across arms. Writes
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from tlcourse.arms import Outcome, pixels, probe, train_all
-from tlcourse.backbones import load_backbone
+from tlcourse.backbones import checkpoint_path, load_backbone
 from tlcourse.comparing import Comparison, compare
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import Task, load_task
 from tlcourse.locations import data_dir
 
-COUNTS = (2, 5, 10, 20, 50)
+COUNTS = {"wild_digits": (2, 5, 10, 20, 50), "plain_digits": (1, 5, 50)}
 TUNING_DRAW = 1_000
 # What is tuned: peak learning rate, for a number of steps. `fit` keeps the weights of the step
 # that was best on validation, so a run that should have been shorter is cut there.
@@ -76,6 +76,14 @@ ARMS: dict[str, tuple[Arm, tuple[tuple[float, int], ...]]] = {
     "probe, then fine-tune (seed 1)": (from_checkpoint("glyphnet_seed1", True), TRANSFER_GRID),
     "probe, then fine-tune (seed 2)": (from_checkpoint("glyphnet_seed2", True), TRANSFER_GRID),
 }
+# The other pre-training seeds take part where `tlcourse pretrain` has made their checkpoints.
+WILD_ARMS = [
+    name
+    for name in ARMS
+    if name != "scratch, no augmentation"
+    and ("(seed" not in name or checkpoint_path(f"glyphnet_seed{name[-2]}").is_file())
+]
+PLAIN_ARMS = ["scratch, no augmentation", "scratch", "probe, then fine-tune"]
 
 
 def tune(name: str, task_name: str, count: int) -> tuple[float, int]:
@@ -106,36 +114,46 @@ def measure(names: list[str], task_name: str, count: int, draws: int) -> dict:
             "versions": found.versions}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="wild_digits")
-    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    out = arguments.out or data_dir() / "results" / f"{arguments.task}.json"
-    for count in arguments.counts:
-        found = measure(arguments.only, arguments.task, count, arguments.draws)
+def record(task: str, names: list[str], counts: list[int], draws: int, out: Path) -> None:
+    """Measure the arms and put their scores into the file, count by count."""
+    for count in counts:
+        found = measure(names, task, count, draws)
         # Read again each time: another process may have added its arms meanwhile.
         recorded = json.loads(out.read_text("utf-8")) if out.is_file() else {"counts": {}}
-        entry = recorded["counts"].setdefault(
-            str(count), {"scores": {}, "seconds": {}, "settings": {}}
-        )
-        for key in ("scores", "seconds", "settings"):
+        empty: dict[str, dict] = {"scores": {}, "seconds": {}, "settings": {}}
+        entry = recorded["counts"].setdefault(str(count), empty)
+        for key in empty:
             entry[key] |= found[key]
         recorded["counts"] = dict(sorted(recorded["counts"].items(), key=lambda item: int(item[0])))
         recorded |= {
-            "command": f"python benchmarks/wild_digits.py --task {arguments.task}",
-            "task": arguments.task, "test_images": len(load_task(arguments.task).test),
-            "versions": found["versions"], "threads": arguments.threads,
-        }  # fmt: skip
+            "command": f"python benchmarks/wild_digits.py --task {task}",
+            "task": task,
+            "test_images": len(load_task(task).test),
+            "versions": found["versions"],
+            "threads": torch.get_num_threads(),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-        print(f"\n{count} labels per class")
-        print(Comparison(entry["scores"]).table(next(iter(entry["scores"]))), flush=True)
+        print(
+            f"\n{task}, {count} labels per class\n{Comparison(entry['scores']).table()}", flush=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=list(COUNTS), help="default: both")
+    parser.add_argument("--counts", type=int, nargs="+")
+    parser.add_argument("--only", nargs="+", choices=list(ARMS))
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a file (default: data/results/TASK.json)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for task in [arguments.task] if arguments.task else COUNTS:
+        names = arguments.only or (PLAIN_ARMS if task == "plain_digits" else WILD_ARMS)
+        out = arguments.out or data_dir() / "results" / f"{task}.json"
+        counts = arguments.counts or list(COUNTS[task])
+        record(task, names, counts, arguments.draws, out)
 
 
 if __name__ == "__main__":
