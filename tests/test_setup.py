@@ -256,7 +256,19 @@ def test_uv_of_the_repository_keeps_its_cache_there(monkeypatch):
 
 # make
 
-TARGETS = ("setup", "course", "lab", "test", "check", "build", "bench", "gpu", "lock", "colab")
+TARGETS = (
+    "setup",
+    "course",
+    "first",
+    "lab",
+    "test",
+    "check",
+    "build",
+    "bench",
+    "gpu",
+    "lock",
+    "colab",
+)
 TARGETS += ("site", "clean", "help")
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make")
 
@@ -280,9 +292,13 @@ def test_make_knows_its_targets_and_helps_by_default():
 
 @needs_make
 def test_make_course_stops_before_the_server_when_asked():
-    steps = [line.split()[-1] for line in make("course").splitlines() if "tlcourse" in line]
-    assert steps == ["doctor", "first", "lab"]
-    assert "lab" not in make("course", "LAB=0").split()
+    def steps(*variables: str) -> list[str]:
+        lines = make("course", *variables).splitlines()
+        return [line.split()[-1] for line in lines if "-m tlcourse.cli" in line]
+
+    assert steps("FIRST_RESULT=") == ["doctor", "first", "lab"]
+    assert steps("FIRST_RESULT=", "LAB=0") == ["doctor", "first"]
+    assert steps("FIRST_RESULT=picture.png", "LAB=1") == ["doctor", "lab"], "shown once"
 
 
 @needs_make

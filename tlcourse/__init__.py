@@ -6,7 +6,13 @@ Names load on first use, so ``import tlcourse`` is immediate and brings in no to
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# Threads that wait for each other sleep instead of spinning. It must be set before torch loads.
+# Where other programs use the cores too (a browser, a second kernel), spinning threads hold up
+# the very thread they wait for, and a training step takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

@@ -65,7 +65,9 @@ def course(tmp_path_factory):
         if (PRODUCTS / name).is_dir():
             shutil.copytree(PRODUCTS / name, root / name)
     cells = [new_code_cell(source.strip()) for source in WIDGET_CELLS]
-    (root / WIDGETS).write_text(nbformat.writes(new_notebook(cells=cells)), encoding="utf-8")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = new_notebook(cells=cells, metadata=kernel)
+    (root / WIDGETS).write_text(nbformat.writes(notebook), encoding="utf-8")
     with lab.server(root) as (address, token):
         yield root, address, token
 
@@ -118,7 +120,7 @@ def test_the_course_opens_on_its_first_notebook(course, browser):
 
 def test_lesson_runs_and_its_explorer_and_quiz_answer(course, open_notebook):
     notebook = open_notebook(LESSON)
-    notebook.run_all(timeout_seconds=240)
+    notebook.run_all(timeout_seconds=300)
     assert notebook.errors() == []
     page = notebook.page
     for image in page.locator(".jp-Notebook .jp-OutputArea img").all():
@@ -190,7 +192,7 @@ def test_stepper_and_drawing_pad(open_notebook, tmp_path):
 
     stepper.get_by_role("button", name="Next").click()
     stepper.get_by_text("this is step 1").wait_for()
-    stepper.get_by_role("button", name="Play").click()
+    stepper.locator(".widget-play button").first.click()
     stepper.get_by_text("this is step 3").wait_for()
     assert stepper.get_by_role("button", name="Next").is_disabled()
 
