@@ -242,7 +242,7 @@ def plot_reliability(
     """How often a prediction is right, over how sure the model was of it.
 
     Points on the diagonal are calibrated; below it the model is too sure. Bins as in
-    ``evaluate.calibration_error`` (Guo et al. 2017, section 2, arXiv:1706.04599); bars are
+    ``evaluation.calibration_error`` (Guo et al. 2017, section 2, arXiv:1706.04599); bars are
     Wilson 95 % intervals of the accuracy in the bin.
 
     Args:
