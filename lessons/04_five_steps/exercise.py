@@ -86,11 +86,17 @@ run = tl.setup(seed=0)
 # Double-click this cell and write your suspects before you go on. It is not marked; it is for the
 # moment when you compare.
 #
-# | line | what is wrong | raises an error? |
-# |---|---|---|
-# |  |  |  |
-# |  |  |  |
-# |  |  |  |
+# | | line | what is wrong | raises an error? |
+# |---|---|---|---|
+# | 1 | | | |
+# | 2 | | | |
+# | 3 | | | |
+# | 4 | | | |
+# | 5 | | | |
+# | 6 | | | |
+# | 7 | | | |
+# | 8 | | | |
+# | 9 | | | |
 
 # %% [markdown]
 # ## The symptoms
@@ -217,12 +223,14 @@ class Recorder(torch.nn.Linear):
         return SimpleNamespace(loss=self.weight.sum())
 
 
+# %%
+network = model
 for batch_size in (32, 1):
-    sizes, network, model = [], model, Recorder(1, 1)
+    sizes, model = [], Recorder(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     train_model()
-    model = network
     print(f"batch_size {batch_size}: images in each step {sizes}")
+model = network
 
 # %% [markdown]
 # Third, what *ines* saw. A smell test: replace the labels by noise, so that there is nothing to
@@ -233,21 +241,21 @@ for batch_size in (32, 1):
 from sklearn.neighbors import KNeighborsClassifier
 
 noise = np.random.default_rng(0).integers(0, 10, size=len(inputs))
-classifier = KNeighborsClassifier(n_neighbors=1).fit(inputs.flatten(1), noise)  # as in line 26
-accuracy = (classifier.predict(inputs.flatten(1)) == noise).mean()  # as in line 34
+classifier = KNeighborsClassifier(n_neighbors=1).fit(inputs.flatten(1), noise)  # like line 26
+accuracy = (classifier.predict(inputs.flatten(1)) == noise).mean()  # like line 34
 print(f"accuracy on labels that are pure noise: {accuracy:.2f}")
 
 # %% [markdown]
-# Fourth, what *ada* saw. `train_model` left the model as line 24 put it. One image is sent twice:
-# in the company of other digits, and in the company of dark copies of itself.
+# Fourth, what *ada* saw. `train_model` left the model as line 24 put it. The same image is sent
+# twice: in the company of other digits, and in the company of black pictures.
 
 # %%
 with torch.no_grad():
-    first = inputs[:1].to(device)
-    with_others = model(inputs[:100].to(device)).logits[0]
-    with_dark = model(torch.cat([first, first - 1, first - 2])).logits[0]
-print("with other digits:  ", with_others[:4].cpu().numpy().round(2))
-print("with dark pictures: ", with_dark[:4].cpu().numpy().round(2))
+    digits = inputs[:10].to(device)
+    black = torch.cat([digits[:1], torch.full_like(digits[1:], -1)])
+    among_digits, among_black = model(digits).logits[0], model(black).logits[0]
+print("among digits:        ", among_digits[:4].cpu().numpy().round(2))
+print("among black pictures:", among_black[:4].cpu().numpy().round(2))
 
 # %% [markdown]
 # That makes nine. Compare with your list: which did you have, and which would you have published?
@@ -257,7 +265,7 @@ print("with dark pictures: ", with_dark[:4].cpu().numpy().round(2))
 # %% [markdown]
 # ## Question 1 (1 point): line 4
 #
-# The import worked until version 4 of the library. `AdamW` moved to where the other optimizers are.
+# The import worked up to version 4 of the library. `AdamW` moved to where the other optimizers are.
 # Return one that goes over every parameter of the model.
 
 
@@ -513,9 +521,10 @@ tl.check("04.q9", predict_logits)
 # %% [markdown]
 # ## The mended script
 #
-# Your nine functions, put where the nine mistakes were. It runs twice: with the little network from
-# scratch that stood in for the download, and with glyphnet, which really is pre-trained. Until all
-# nine checks are right, this cell only says which are missing.
+# Your nine functions, put where the nine mistakes were. It runs twice, for three epochs: with the
+# little network from scratch that stood in for the download, and with glyphnet, which really is
+# pre-trained. Before you run it: what will the first of the two reach? Until all nine checks are
+# right, the last cell only says which are missing.
 
 
 # %%

@@ -2,8 +2,8 @@
 # # 04. Five steps
 #
 # So far you have looked at transfer in pieces: why it works, what its mathematics says, where its
-# gradients flow. Here you do the whole job once, from an empty file to a saved model that answers
-# for a picture that you draw, and then to the day when the next batch of labels arrives.
+# gradients flow. Here you do the whole job once, from an empty file to a saved model that reads a
+# digit that you draw, and then on to the day when the next batch of labels arrives.
 #
 # **After this lesson you can**
 #
@@ -15,10 +15,10 @@
 # **You need** lessons 01 and 03. **Time** about 60 minutes; the notebook itself runs in under a
 # minute on two cores.
 #
-# **Expected result.** From 100 labelled images and 60 steps, a reader that is right on about 83 % of
-# the test digits; a network without pre-training gets 18 % [15, 21] after 1,500 steps. Trained on
-# with new data alone, the reader loses about 27 points on the old; with the old images mixed in,
-# one or two.
+# **Expected result.** From 100 labelled images and 50 steps, a reader that is right on about 83 %
+# [81, 86] of the test digits; a network without pre-training gets 18 % [15, 21] with up to 1,500
+# steps. Trained on with new data alone, the reader loses about 28 points [23, 34] on the old; with
+# the old images mixed in, about 2 [-2, 6].
 
 # %% tags=["setup"]
 import tlcourse as tl
@@ -34,6 +34,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,13 @@ from tlcourse.locations import data_dir
 # 100 of its images for you. You load the saved model and train on: a few dozen steps, on the new
 # images only.
 #
-# 1. What happens to the accuracy on the *first* camera: does it rise (more data), stay, or fall?
-# 2. Now you mix the 100 old images in. And if you had kept only 20 of them, two of each digit?
+# What happens to the accuracy on the *first* camera: does it rise (more data), stay, or fall?
 #
-# Write down three numbers, in points of accuracy. They are measured near the end.
+# 1. By how many points, if you train on the new images only?
+# 2. If you mix all 100 old images in?
+# 3. If you kept only 20 old images, two of each digit, and mix these in?
+#
+# Write down three numbers. They are measured near the end.
 
 # %% [markdown]
 # ## The picture
@@ -89,14 +93,15 @@ def draw_steps():
 def draw_boxes(axes, names):
     """A box for each step, arrows between them, and the way back for new labels."""
     arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1.5}
-    box = {"boxstyle": "round,pad=0.3", "facecolor": "#EAF3F9", "edgecolor": tl.plots.palette[0]}
     axes.grid(False)
     for column, name in enumerate(names):
-        axes.text(column, 1.9, name, ha="center", va="center", bbox=box, fontsize=10)
+        box = plt.Rectangle((column - 0.4, 1.0), 0.8, 1.8, fc="#EAF3F9", ec=tl.plots.palette[0])
+        axes.add_patch(box)
+        axes.text(column, 1.9, name, ha="center", va="center", fontsize=10)
         if column:
-            axes.annotate("", (column - 0.4, 1.9), (column - 0.62, 1.9), arrowprops=arrow)
+            axes.annotate("", (column - 0.4, 1.9), (column - 0.6, 1.9), arrowprops=arrow)
     back = dict(arrow, color=tl.plots.palette[1], connectionstyle="arc3,rad=0.45", linestyle="--")
-    axes.annotate("", (3, 2.75), (4, 2.75), arrowprops=back)
+    axes.annotate("", (3, 2.8), (4, 2.8), arrowprops=back)
     axes.text(3.5, 3.75, "refresh: new labels", ha="center", color=tl.plots.palette[1], fontsize=10)
 
 
@@ -170,16 +175,16 @@ num_draws = {"tiny": 5, "full": 10}[run.profile]  # of every comparison below
 classifier = tl.Classifier(backbone, task.num_classes).to(run.device)
 nn.init.zeros_(classifier.head.weight)
 nn.init.zeros_(classifier.head.bias)
-loaders = task.loaders(batch_size=32, augment=True, seed=0)
+loaders = task.loaders(batch_size=25, augment=True, seed=0)
 start = tl.evaluate(classifier, loaders.val).loss
 print(f"loss of a head of zeros: {start:.4f};  log 10 = {math.log(10):.4f}")
 assert abs(start - math.log(10)) < 1e-4
 
 # %% [markdown]
 # Zeros are a safe place to start from, and a slow one. The frozen backbone's features of 100 images
-# fit into a kilobyte or two, so the best head *for the frozen backbone* is a logistic regression
-# away. We start there ("probe, then fine-tune", lesson 08 says why this protects the features).
-# `linear_probe` reports an accuracy; we let it report on the validation set.
+# are a small table, so the best head *for the frozen backbone* is one logistic regression away. We
+# start there: "probe, then fine-tune" (lesson 08 says why this protects the features).
+# `linear_probe` also reports an accuracy; we let it report on the validation set.
 
 # %%
 plain = task.loaders(augment=False)
@@ -196,8 +201,8 @@ print(f"features {features.features.shape};  validation accuracy of the probe: {
 # again and again, each time for the next letter only.
 #
 # Cut a text into **tokens** $x_1, \dots, x_T$ from a fixed list, the **vocabulary**, of size $V$.
-# Here a token is a letter, and a full stop begins and ends each word. By the chain rule of
-# probability, with nothing left out,
+# Here a token is a letter, and the last token is a full stop, which says that the word is over. By
+# the chain rule of probability, with nothing left out,
 #
 # $$p(x_1, \dots, x_T) = \prod_{t=1}^{T} p(x_t \mid x_1, \dots, x_{t-1}).$$
 #
@@ -236,14 +241,17 @@ print("the decoder reads:   ", " ".join(VOCABULARY[token] for token in inputs[6]
 print("the head must say:   ", " ".join(VOCABULARY[t] if t >= 0 else "-" for t in targets[6]))
 
 # %% [markdown]
-# Any decoder will do; the head does not care. Ours is a GRU, a small recurrent network, in twelve
+# The decoder reads the same letters one place late, with a full stop in front to begin with. Where
+# the word is over, there is nothing to say and nothing to pay.
+#
+# Any decoder will do; the head does not care. Ours is a GRU, a small recurrent network, in a dozen
 # lines (lesson 15 has a transformer). It starts from a **context**, a vector that says what to
 # write about. For now the context is zero: nothing to go by.
 #
-# One line deserves a stop. The rows of the head live in the same space as the embeddings that the
-# decoder reads, one vector for each token in both. So we use *one* matrix for both jobs. This is
-# **weight tying**. It makes a token easy to say where similar tokens are easy to read, and it is
-# cheap: GPT-2 saves 38.6 of its 163 million parameters with it.
+# One line deserves a stop. The head has one row of numbers for each token. The embedding, which the
+# decoder reads with, has one row for each token too, of the same length. **Weight tying** uses *one*
+# matrix for both jobs: what is learned about a letter from reading it helps to say it, and there is
+# less to store. GPT-2 has 124 million parameters; without tying it would have 39 million more.
 
 
 # %%
@@ -288,14 +296,9 @@ assert abs(losses[6].item() - by_hand) < 1e-4
 # %% [markdown]
 # An untrained decoder pays about $\log V$ for each letter, as it should: 16 tokens, all alike.
 #
-# **Now predict.** The ten names are equally frequent, and the decoder has no image to look at. If
-# it learns the ten names perfectly, how much does it pay *for a whole name*, on average? Not for a
-# letter. For the name.
-#
-# A perfect model says $p = 1/10$ for each name, so it pays $\log 10 \approx 2.303$. Exactly the
-# price of a classification head that knows nothing, and you can watch where it is paid. For
-# *three*: the first letter is t in two names of ten, price $\log 5$. After t comes w or h, price
-# $\log 2$. After that no letter is a surprise, and they are free. $\log 5 + \log 2 = \log 10$.
+# **Now predict.** The ten names are equally frequent, and the decoder has no image to look at. It is
+# trained until it knows the ten names perfectly. How much does it then pay *for a whole name*, on
+# average: next to nothing, about 1 nat, about 2.3, or about 11? Not for a letter. For the name.
 
 
 # %%
@@ -313,8 +316,15 @@ def train_decoder(decoder, context, inputs, targets, num_steps):
 # %%
 train_decoder(decoder, nothing, inputs, targets, num_steps=300)
 losses = name_loss(decoder, nothing, inputs, targets).detach()
-print(f"mean loss per name: {losses.mean():.3f};  log 10 = {math.log(10):.3f}")
+print(f"mean loss per name: {losses.mean():.2f} nats")
 assert math.log(10) - 1e-4 < losses.mean() < math.log(10) + 0.1
+
+# %% [markdown]
+# About 2.3, and no training gets it lower. A perfect model says $p = 1/10$ for each name, so it pays
+# $\log 10 = 2.30$: exactly the price of a classification head that knows nothing. You can watch
+# where it is paid. Take *three*: the first letter is t in two names of ten, price $\log 5 = 1.61$.
+# After t comes w or h, price $\log 2 = 0.69$. After that no letter is a surprise, and all are free.
+# And $\log 5 + \log 2 = \log 10$.
 
 # %%
 probabilities = decoder(nothing, inputs)[3].softmax(dim=-1).detach()  # for "three"
@@ -323,17 +333,14 @@ for place, letter in enumerate("three."):
     print(f"{'.three'[: place + 1]:>7} -> {letter}   price {price:5.3f} nats")
 
 # %% [markdown]
-# The floor is $\log 10$, and no training gets below it: the mean of $-\log p$ over equally frequent
-# names is smallest when $p$ is 1/10 for each (lesson 03 derived it for classes, and names are
-# classes). To go lower, the decoder needs to *see*. So give it a context: the frozen backbone's
-# features of an image, as five distorted
-# copies of each training image give them. Now the loss is $-\log p(\text{name} \mid \text{image})$, and the two heads
-# can be read off the same scale.
+# To get below $\log 10$, the decoder must *see*. So give it a context: the frozen backbone's features
+# of an image. (We take five distorted copies of each training image, as 100 are few.) Now the loss
+# is $-\log p(\text{name} \mid \text{image})$, and the two heads can be read on one scale.
 
 
 # %%
 def as_context(part):
-    """Features as a context, every coordinate of unit size over the training images, (N, d)."""
+    """Features as a context, (N, d): mean 0 and deviation 1 over the training images."""
     mean, scale = features.features.mean(axis=0), features.features.std(axis=0) + 1e-6
     return torch.from_numpy((part.features - mean) / scale).float()
 
@@ -380,10 +387,10 @@ print(f"without the image, either would pay at least {math.log(10):.2f}")
 assert choosing < math.log(10) - 0.3 and writing < math.log(10) - 0.3
 
 # %% [markdown]
-# Both heads read the same features, and both are now well below $\log 10$. (Which of them is ahead
-# depends on how each is regularised; with 100 images we make no claim.) The choice follows from the
+# Both heads read the same features, and both are now well below $\log 10$. (Which of the two is ahead
+# depends on how each is regularised; we make no claim.) The choice between them follows from the
 # task: a fixed list of answers calls for the head that chooses, anything that must be *said* for
-# the head that writes. From here on, digits are ten classes, and we choose.
+# the head that writes. From here on digits are ten classes, and we choose.
 #
 # ## Step 3: hyper-parameters
 #
@@ -392,7 +399,7 @@ assert choosing < math.log(10) - 0.3 and writing < math.log(10) - 0.3
 # %%
 config = tl.TrainConfig(
     lr=1e-3,  # peak learning rate: how far one step goes
-    num_steps=100,  # updates, at most
+    num_steps=80,  # updates, at most
     warmup_steps=10,  # steps in which lr rises from 0, while Adam's averages are still empty
     weight_decay=0.01,  # not for biases and norm scales
     max_grad_norm=1.0,  # a gradient longer than this is shortened to it
@@ -404,6 +411,9 @@ config = tl.TrainConfig(
 )
 
 # %% [markdown]
+# (The batch size belongs to the loaders. Ours is 25: 100 images are then four whole batches. With 32
+# every fourth batch would hold four images, and its gradient would be the opinion of four.)
+#
 # Most of these can stay as they are from one task to the next. One cannot: the learning rate. Too
 # low wastes the budget. Too high, and the first steps wipe out what was pre-trained. So we try three,
 # a factor of ten apart, briefly, from the same start, and let the *validation* set choose.
@@ -419,8 +429,8 @@ def at_the_start():
 
 trials = {}
 for lr in (3e-4, 3e-3, 3e-2):
-    loaders = task.loaders(batch_size=32, augment=True, seed=0)  # same batches for each
-    short = replace(config, lr=lr, num_steps=40, patience=None)
+    loaders = task.loaders(batch_size=25, augment=True, seed=0)  # the same batches for each
+    short = replace(config, lr=lr, num_steps=30, patience=None)
     trials[lr] = tl.fit(at_the_start(), loaders.train, loaders.val, short)
     print(f"lr {lr:g}: best validation loss {min(trials[lr].val_loss):.3f}")
 
@@ -441,21 +451,22 @@ print(f"chosen: lr = {config.lr:g}")
 
 # %%
 model = at_the_start()
-loaders = task.loaders(batch_size=32, augment=True, seed=0)
+loaders = task.loaders(batch_size=25, augment=True, seed=0)
 history = tl.fit(model, loaders.train, loaders.val, config)
 print(f"ended after step {history.step[-1]}, kept the weights of step {history.best_step}")
 
 # %%
 tl.plots.alt(
     tl.plots.plot_history(history),
-    "Above, training and validation loss over 100 steps: both fall fast, then go up and down. "
+    "Above, the losses over the steps: training falls to nearly zero, validation stays well above. "
     "Below, the learning rate: a short line up, then half a cosine down to zero.",
 )
 
 # %% [markdown]
-# The training loss is noisy, because every batch is drawn and distorted anew. The validation loss
-# falls, climbs again while the learning rate is at its peak, and settles as the rate goes down.
-# `fit` has put the weights of the *best* reading back, not those of the last one.
+# The training loss goes to zero: the reader knows its 100 images by heart, however they are
+# distorted. The validation loss does not follow. What lies between the curves is what 100 images
+# cannot tell (lesson 09). It goes up and down while the learning rate is high, and settles as the
+# rate goes down. `fit` has put the weights of the *best* reading back, not those of the last one.
 #
 # When should it have stopped? **Early stopping** waits until `patience` readings in a row have
 # brought nothing better. The curve is recorded, so we can ask what each patience would have done:
@@ -525,20 +536,20 @@ folder = Path(tempfile.mkdtemp())
 tl.save_model(model, folder / "reader.safetensors")
 reader = tl.Classifier(tl.load_backbone("glyphnet", pretrained=False), task.num_classes)
 reader = tl.load_model(folder / "reader.safetensors", reader).to(run.device).eval()
-images = task.test.inputs[:100].to(run.device)
+images = task.val.inputs.to(run.device)
 with torch.no_grad():
     assert torch.equal(reader(images), model(images))
 size = (folder / "reader.safetensors").stat().st_size
 print(f"identical logits; {size / 1e6:.1f} MB on disk")
 
 # %% [markdown]
-# Compare with the classic accident: only the backbone is saved, a head of the right shape is made,
-# nothing complains.
+# Compare with the classic accident: only the backbone is saved; on loading, a head of the right
+# shape is made; nothing complains.
 
 # %%
-torch.save(model.backbone.state_dict(), folder / "backbone_only.pt")
+tl.save_model(model.backbone, folder / "backbone.safetensors")
 forgetful = tl.Classifier(tl.load_backbone("glyphnet", pretrained=False), task.num_classes)
-forgetful.backbone.load_state_dict(torch.load(folder / "backbone_only.pt", weights_only=True))
+tl.load_model(folder / "backbone.safetensors", forgetful.backbone)
 accuracy = tl.evaluate(forgetful.to(run.device), loaders.val).accuracy
 print(f"validation accuracy, all saved:           {tl.evaluate(reader, loaders.val).accuracy:.2f}")
 print(f"validation accuracy, only backbone saved: {accuracy:.2f}")
@@ -695,7 +706,7 @@ def fit_by_hand(model, train_loader, val_loader, config):
 # %%
 hasty = replace(config, patience=2)
 by_hand, by_fit = at_the_start(), at_the_start()
-first, second = task.loaders(seed=0), task.loaders(seed=0)  # two loaders that draw the same
+first, second = (task.loaders(batch_size=25, seed=0) for _ in range(2))  # that draw the same
 kept = fit_by_hand(by_hand, first.train, first.val, hasty)
 hasty_history = tl.fit(by_fit, second.train, second.val, hasty)
 pairs = zip(by_hand.parameters(), by_fit.parameters(), strict=True)
@@ -713,18 +724,18 @@ assert kept == hasty_history.best_step and largest < 1e-3
 # ## Was it the transfer?
 #
 # A sceptic has two questions. *Was that luck, one draw of 100 images?* So we train several readers
-# in the same way, each on other labelled images, for 60 steps. They are kept; we need them again.
+# in the same way, each on other labelled images, for 50 steps. They are kept; we need them again.
 
 
 # %%
-def train_reader(seed, num_steps=60):
+def train_reader(seed, num_steps=50):
     """Ten labels per class drawn by seed, head from a probe, then everything is trained."""
     labelled = tl.load_task("wild_digits", labels_per_class=10, seed=seed)
     reader = tl.Classifier(tl.load_backbone("glyphnet"), labelled.num_classes).to(run.device)
     cached = tl.extract_features(reader.backbone, labelled.loaders(augment=False).train)
-    tl.linear_probe(cached, cached).copy_to(reader.head)
+    tl.linear_probe(cached, cached).copy_to(reader.head)  # fitted, and reported, on training data
     settings = replace(config, num_steps=num_steps, patience=None, seed=seed)
-    tl.fit(reader, labelled.loaders(seed=seed).train, None, settings)
+    tl.fit(reader, labelled.loaders(batch_size=25, seed=seed).train, None, settings)
     return reader
 
 
@@ -735,26 +746,24 @@ print(f"test accuracy over {num_draws} draws: {mean_interval(ours)}")
 # %% [markdown]
 # *Would a network without pre-training not have done as well?* It gets the same architecture, images
 # and augmentation, learning rates of its own to choose from on validation, and up to 1,500 steps.
-# That takes minutes, so these numbers are read from a recorded run of lesson 01, and the file says
-# how to repeat it. Every draw of labels is given to each arm; the last column is the paired
-# difference.
+# That takes minutes, so these numbers are read from the recorded run of lesson 01; the file says how
+# to repeat it. Every draw of labels was given to each arm.
 
 # %%
 recorded = json.loads((data_dir() / "results" / "wild_digits.json").read_text(encoding="utf-8"))
+comparison = Comparison(recorded["counts"]["10"]["scores"])  # ten labels per class
 print(recorded["command"])
-scores = recorded["counts"]["10"]["scores"]  # ten labels per class
-arms = ["scratch", "random features", "probe", "probe, then fine-tune"]
-comparison = Comparison({arm: scores[arm] for arm in arms})
-print(comparison.table())
+for arm in ("scratch", "random features", "probe", "probe, then fine-tune"):
+    print(f"{arm:22} {comparison.interval(arm)}")
 
 # %%
 gain = comparison.difference("probe, then fine-tune", "scratch")
-print(f"gain over scratch: {gain}")
+print(f"gain over scratch, draw by draw: {gain}")
 assert gain.low > 0.4 and mean_interval(ours).low > comparison.interval("scratch").high
 
 # %% [markdown]
-# It was the transfer. Not the architecture (random features are at chance), and not the head alone
-# (the probe is far behind what fine-tuning reaches).
+# It was the transfer. Not the architecture: random features are hardly better than chance. Not the
+# head alone: the probe is far behind what fine-tuning reaches.
 #
 # ## The day after: a refresh
 #
@@ -795,10 +804,10 @@ def join(a, b):
     return replace(a, inputs=inputs, targets=targets, ids=torch.cat([a.ids, b.ids]))
 
 
-def refresh(saved, split, seed, num_steps=60):
+def refresh(saved, split, seed, num_steps=40):
     """Train on from a saved reader; the saved one is left as it is."""
     reader = copy.deepcopy(saved)
-    batches = BatchLoader(split.inputs, split.targets, 32, True, augment_images, seed)  # shuffled
+    batches = BatchLoader(split.inputs, split.targets, 25, True, augment_images, seed)  # shuffled
     tl.fit(reader, batches, None, replace(config, num_steps=num_steps, patience=None))
     return reader
 
@@ -834,6 +843,7 @@ figure, axes = tl.plots.subplots(1, 2, figsize=(9, 2.9), sharey=True)
 results = {camera: Comparison(by_way) for camera, by_way in scores.items()}
 for ax, camera in zip(axes, results):
     tl.plots.plot_comparison(results[camera], f"validation accuracy, {camera} camera", ax)
+    ax.set_xlim(0, 1)
 tl.plots.alt(
     figure,
     "Validation accuracy before the refresh and after three ways of it. Old camera: new only falls "
@@ -851,15 +861,15 @@ assert forgets.high < -0.1 and keeps.low > -0.12 and saved_by_replay.low > 0.1
 
 # %% [markdown]
 # Compare with your three numbers. On the new images alone the reader forgets, in a few dozen steps,
-# a third of what it could do, and *nothing in its training says so*: the loss on the new images goes
-# down all the time. You only see it if you measure the old camera.
+# a third of what it could do, and *nothing in its training tells you*: training reads only new images.
+# You see it if you measure the old camera, and not otherwise.
 #
-# Two old images of each digit save about half of the loss. All of them save nearly all of it. The
-# price is on the right side of the picture: at the same number of steps, half of every batch is old,
-# and the new camera is learned a little more slowly.
+# Two old images of each digit save about half of what would be lost. All of them save nearly all of
+# it. The price is on the right side of the picture: at the same number of steps half of every batch
+# is old, and the new camera is learned more slowly. More steps would pay for that.
 #
-# The decision was made on validation images. Now that it is made (new + all old), its readers are
-# tested, once, on both cameras.
+# The decision was made on validation images. Now that it is made (new + all old), the chosen readers
+# are tested, once, on both cameras.
 
 # %%
 chosen = [by_way["new + all old"] for by_way in refreshed]
@@ -868,13 +878,14 @@ turned_loader = BatchLoader(turned.inputs, turned.targets, 256)
 after = [tl.evaluate(reader, loaders.test).accuracy for reader in chosen]
 on_turned = [tl.evaluate(reader, turned_loader).accuracy for reader in chosen]
 change = mean_interval([b - a for a, b in zip(ours, after, strict=True)])
-print(f"test, old camera: {mean_interval(after)}, change {change}")
 print(f"test, new camera: {mean_interval(on_turned)}")
-assert change.low > -0.08 and mean_interval(on_turned).low > 0.5
+print(f"test, old camera: {mean_interval(after)}")
+print(f"change on the old camera: {change}")
+assert change.low > -0.1 and mean_interval(on_turned).low > 0.4
 
 # %% [markdown]
-# That last interval is what you send with the new model: the change on what it could do before, and
-# how sure you are of it.
+# The last line is what you send along with the new model: what has changed for those who used the old
+# one, and how sure you are of it.
 #
 # ## Where it fails
 #
@@ -890,17 +901,38 @@ print(f"mean confidence on letters: {on_letters.values.mean():.2f}")
 titles = [f"{int(on_letters.indices[i])}: {on_letters.values[i]:.2f}" for i in range(10)]
 pictures = tl.plots.show_images(letters[:10], titles, ncols=10)
 tl.plots.alt(pictures, "Ten letters and symbols with the digit that was read and the confidence.")
+assert on_letters.values.mean() > 0.4
 
 # %% [markdown]
-# **The preprocessing is part of the model.** Give the same images in the range [0, 1], a change
-# that no shape and no type gives away:
+# **The preprocessing is part of the model.** Three accidents that no shape and no type gives away:
+# the range [0, 1] in place of [-1, 1]; colours in the order blue, green, red, as OpenCV reads a file;
+# rows and columns exchanged, one wrong number in a `permute`. Which of them hurts most? Which hardly?
 
 # %%
-shifted = tl.predict(model, task.val.inputs / 2 + 0.5).argmax(dim=1)
-print(f"accuracy in [-1, 1]: {float((on_digits.indices == task.val.targets).float().mean()):.2f}")
-print(f"accuracy in [0, 1]:  {float((shifted == task.val.targets).float().mean()):.2f}")
+right = task.val.inputs
+accidents = {
+    "as trained": right,
+    "range [0, 1]": right / 2 + 0.5,
+    "blue, green, red": right.flip(1),
+    "rows and columns": right.transpose(2, 3),
+}
+found = {}
+for name, images in accidents.items():
+    answers = [tl.predict(reader, images).argmax(dim=1) for reader in readers]
+    found[name] = [(answer == task.val.targets).float().mean().item() for answer in answers]
+    print(f"{name:17} {mean_interval(found[name])}")
+
+# %%
+accuracies = Comparison(found)
+assert accuracies.difference("blue, green, red", "as trained").high < -0.05
+assert accuracies.interval("rows and columns").high < 0.3
 
 # %% [markdown]
+# Not one error, not one warning. The wrong range is nearly forgiven, thanks to the normalisation
+# layers inside, and only by luck: another architecture would not. The wrong order of colours costs
+# some 16 points, too little to be noticed at a glance and too much to ship. That is why `preprocess`
+# comes with the weights, and why it alone should stand between a picture and the model.
+#
 # **Replay needs the old data.** If they may not be kept, or are too many, you are in the country of
 # continual learning (lesson 24). And replay protects what is *in* the replayed images, nothing else.
 #
