@@ -13,7 +13,7 @@ LABELS_PER_CLASS = 5
 def main(argv: list[str] | None = None) -> int:
     """Compare three ways to learn from 50 labelled images; print a table and draw a plot."""
     parser = argparse.ArgumentParser(prog="tlcourse first", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="of the scratch arm (default 200)")
+    parser.add_argument("--steps", type=int, default=150, help="of the scratch arm (default 150)")
     parser.add_argument(
         "--out", type=Path, help="the picture (default artifacts/first_transfer.png)"
     )
