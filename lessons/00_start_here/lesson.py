@@ -43,7 +43,7 @@ run = tl.setup(seed=0)
 from tlcourse import doctor
 
 for row in doctor.examine():
-    print(row)
+    print(f"{row.status:5} {row.name:18} {row.remedy}")
 
 # %% [markdown]
 # ## 2. The task
