@@ -9,6 +9,7 @@ import torch
 from tlcourse import arms, backbones, first, pretrain
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import load_task
+from tlcourse.scenes import SOURCES
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,16 @@ def test_short_run_writes_checkpoint_and_card(short_run):
     card = json.loads(short_run.with_suffix(".json").read_text(encoding="utf-8"))
     assert card["num_steps"] == 50 and card["command"].endswith("--steps 50 --out FOLDER")
     assert card["sha256"] == hashlib.sha256(short_run.read_bytes()).hexdigest()
-    body = backbones.load_model(short_run, backbones.GlyphNet())
-    assert body(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
+    state, (weight, bias) = backbones.read_checkpoint(short_run)
+    body = backbones.GlyphNet()
+    body.load_state_dict(state)
+    logits = body(torch.zeros(1, 3, 32, 32)) @ weight.T + bias
+    assert logits.shape == (1, SOURCES["glyphs"].num_classes)
+
+
+def test_every_recipe_has_an_architecture_and_every_architecture_a_recipe():
+    assert set(pretrain.RECIPES) == set(backbones.EMBEDDED)
+    assert all(recipe.source in SOURCES for recipe in pretrain.RECIPES.values())
 
 
 @pytest.mark.parametrize("argv", [["glyphnet", "--steps", "5"], ["glyphnet", "--steps", "0"]])

@@ -107,14 +107,3 @@ def test_quarter_turn_equals_rot90():
     grid = torch.nn.functional.affine_grid(theta, [1, 1, 8, 8], align_corners=False)
     turned = torch.nn.functional.grid_sample(image, grid, align_corners=False)
     torch.testing.assert_close(turned, torch.rot90(image, 1, (2, 3)), atol=1e-5, rtol=0)
-
-
-def test_scene_loader():
-    train = sources.GlyphScenes(3, 4, seed=1)
-    first, second = list(train), list(train)
-    assert len(train) == len(first) == 3
-    assert not torch.equal(first[0][0], second[0][0]), "every pass draws new scenes"
-    fixed = sources.GlyphScenes(2, 4, seed=1, fixed=True)
-    assert torch.equal(next(iter(fixed))[0], next(iter(fixed))[0])
-    with pytest.raises(ValueError, match="got 0 and 4"):
-        sources.GlyphScenes(0, 4, seed=1)

@@ -34,12 +34,14 @@ _HOME = {
     "linear_probe": "probing",
     "knn": "probing",
     "compare": "comparing",
+    "side_by_side": "parallel",
     "check": "checks",
     "quiz": "quizzes",
 }
 _MODULES = (
     "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets", "evaluation",
-    "freezing", "plots", "probing", "runtime", "sources", "train", "widgets",
+    "freezing", "layers", "losses", "parallel", "plots", "probing", "runtime", "scenes", "shift",
+    "sources", "train", "transferability", "weight_space", "widgets",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,24 @@ from torch import Tensor, nn
 
 from tlcourse.locations import data_dir
 
-EMBEDDED = ("glyphnet",)
+EMBEDDED = {  # name -> normalisation layers; all are a GlyphNet, pre-trained by tlcourse.pretrain
+    "glyphnet": "group",
+    "glyphnet_seed1": "group",  # the same recipe from other seeds
+    "glyphnet_seed2": "group",
+    "glyphnet_bn": "batch",
+    # One source each, for one smaller budget of steps (lessons 07 and 10).
+    "glyphs": "group",
+    "glyphs_seed1": "group",
+    "fonts": "group",
+    "bare_glyphs": "group",
+    "inverted": "group",
+    "quarter_turns": "group",
+    "fractals": "group",
+    "shapes": "group",
+    "shapes_seed1": "group",
+    "random_labels": "group",
+}
+HEAD_WEIGHT, HEAD_BIAS = "source_head.weight", "source_head.bias"  # beside the body's own keys
 TORCHVISION = {  # name -> (builder, weights, name of the last layer, feature size)
     "resnet18": ("resnet18", "ResNet18_Weights", "fc", 512),
     "resnet50": ("resnet50", "ResNet50_Weights", "fc", 2048),
@@ -74,20 +91,35 @@ class Preprocess:
         return (images / 2 + 0.5 - mean) / std
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm and a short cut (He et al. 2016, arXiv:1512.03385)."""
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    """GroupNorm of 8 groups (Wu and He 2018, arXiv:1803.08494), or BatchNorm.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    Raises:
+        ValueError: if kind is neither "group" nor "batch".
+    """
+    if kind == "group":
+        return nn.GroupNorm(8, channels)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    raise ValueError(f"norm must be 'group' or 'batch', got {kind!r}")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, normalised, and a short cut (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, norm: str = "group"
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(8, out_channels)
+        self.norm1 = norm_layer(norm, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.norm2 = norm_layer(norm, out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.GroupNorm(8, out_channels),
+                norm_layer(norm, out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in, H, W) -> (B, out, H/stride, W/stride)
@@ -96,22 +128,23 @@ class ResidualBlock(nn.Module):
 
 
 class GlyphNet(nn.Module):
-    """A small ResNet for 32 x 32 colour images; GroupNorm, so that it keeps no batch statistics.
+    """A small ResNet for 32 x 32 colour images.
 
     Args:
         widths: channels of the stem and of each stage; multiples of 8.
+        norm: "group" (keeps no batch statistics) or "batch".
     """
 
-    def __init__(self, widths: tuple[int, ...] = (32, 32, 64, 128)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (32, 32, 64, 128), norm: str = "group") -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 5, stride=2, padding=2, bias=False),
-            nn.GroupNorm(8, widths[0]),
+            norm_layer(norm, widths[0]),
             nn.ReLU(),
         )
         pairs = itertools.pairwise(widths)
         self.stages = nn.Sequential(
-            *(ResidualBlock(a, b, stride=1 if a == b else 2) for a, b in pairs)
+            *(ResidualBlock(a, b, 1 if a == b else 2, norm) for a, b in pairs)
         )
         self.feature_dim = widths[-1]
 
@@ -128,6 +161,8 @@ class Backbone(nn.Module):
         feature_dim: length of the feature vector.
         preprocess: picture -> input tensor.
         card: what the checkpoint's card says; empty for random weights.
+        source_head: weight, shape (Z, feature_dim), and bias, shape (Z,), of the head that the
+            backbone was pre-trained with, or None. No part of the module: it is never trained.
     """
 
     def __init__(
@@ -138,9 +173,11 @@ class Backbone(nn.Module):
         preprocess: Preprocess,
         features: Callable[[Any], Tensor] | None = None,
         card: dict[str, Any] | None = None,
+        source_head: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
+        self.source_head = source_head
         self.name, self.feature_dim, self.preprocess = name, feature_dim, preprocess
         self.card = card or {}
         self._features = features
@@ -186,9 +223,9 @@ def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone
     """A backbone by name.
 
     Args:
-        name: "glyphnet" (embedded; "glyphnet_seed1", ... are the same recipe from other seeds),
-            "resnet18", "resnet50", "vit_b_16" (torchvision), or "hf:organisation/model@revision"
-            for an image model of the Hugging Face hub; the revision may be left out.
+        name: "glyphnet" or another of ``EMBEDDED`` (from the course's own files), "resnet18",
+            "resnet50", "vit_b_16" (torchvision), or "hf:organisation/model@revision" for an
+            image model of the Hugging Face hub; the revision may be left out.
         pretrained: False gives random weights drawn from ``seed``.
         seed: of the random weights; not used when pretrained.
 
@@ -202,7 +239,7 @@ def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone
             return _torchvision_backbone(name, pretrained)
         if name.startswith("hf:"):
             return _hub_backbone(name, pretrained)
-        if name in EMBEDDED or (checkpoint_path(name).is_file() and name.startswith(EMBEDDED)):
+        if name in EMBEDDED:
             return _embedded_backbone(name, pretrained)
     known = ", ".join([*EMBEDDED, *TORCHVISION, "hf:organisation/model"])
     raise ValueError(f"unknown backbone {name!r}; choose one of {known}")
@@ -213,16 +250,24 @@ def checkpoint_path(name: str) -> Path:
     return data_dir() / "checkpoints" / f"{name}.safetensors"
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """The body's state dict, and weight and bias of the source's head if the file has them."""
+    state = load_file(path)
+    if HEAD_WEIGHT not in state:
+        return state, None
+    return state, (state.pop(HEAD_WEIGHT), state.pop(HEAD_BIAS))
+
+
 def _embedded_backbone(name: str, pretrained: bool) -> Backbone:
-    body = GlyphNet()
-    card = {}
+    body, card, head = GlyphNet(norm=EMBEDDED[name]), {}, None
     if pretrained:
         path = checkpoint_path(name)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; `tlcourse pretrain {name}` makes it")
-        body.load_state_dict(load_file(path))
+        state, head = read_checkpoint(path)
+        body.load_state_dict(state)
         card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return Backbone(body, name, body.feature_dim, Preprocess(32), card=card)
+    return Backbone(body, name, body.feature_dim, Preprocess(32), card=card, source_head=head)
 
 
 def _torchvision_backbone(name: str, pretrained: bool) -> Backbone:
@@ -279,8 +324,6 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     Raises:
         ValueError: if a trainable parameter would not be in the file.
     """
-    path = Path(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     storages = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
     lost = [
         key
@@ -289,10 +332,17 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     ]
     if lost:
         raise ValueError(f"trainable parameter {lost[0]!r} would not be saved; nothing was written")
+    return save_state(model.state_dict(), path)
+
+
+def save_state(state: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Write tensors by name as safetensors, whole or not at all."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({key: value.clone() for key, value in state.items()}, partial)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file({key: value.clone() for key, value in tensors.items()}, partial)
         partial.chmod(0o644)
         partial.replace(path)
     finally:

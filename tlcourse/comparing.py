@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from tlcourse.evaluation import Interval, mean_interval
+from tlcourse.parallel import side_by_side
 from tlcourse.recording import interrupts_raise
 from tlcourse.tracking import progress_bar
 
@@ -98,9 +100,15 @@ class Comparison:
 
 
 def compare(
-    arms: Mapping[str, Callable[[int], float]], draws: int = 5, progress: bool = True
+    arms: Mapping[str, Callable[[int], float]],
+    draws: int = 5,
+    progress: bool = True,
+    workers: int | None = 1,
 ) -> Comparison:
     """Run every arm on the same draws.
+
+    Before each run torch's generators are seeded alike, so that an arm gives the same score
+    whichever arms run beside it.
 
     Args:
         arms: name to function; each is called with the seeds 0, 1, ..., draws - 1 and returns
@@ -108,6 +116,8 @@ def compare(
             ``tl.load_task("wild_digits", labels_per_class=10, seed=seed)``.
         draws: how many, >= 2 (one draw has no interval).
         progress: show a progress line.
+        workers: runs side by side, each in a process of its own (see
+            ``tlcourse.parallel.side_by_side``); None: one for each core.
 
     Raises:
         ValueError: if there is no arm, fewer than 2 draws, or a score is not a finite number
@@ -123,16 +133,27 @@ def compare(
         raise ValueError(f"draws must be an int >= 2, got {draws!r}")
     scores: dict[str, list[float]] = {name: [] for name in arms}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    # An arm that was cut short must not enter the table.
-    with interrupts_raise(), progress_bar(draws * len(arms), progress) as bar:
-        for seed in range(draws):
-            for name, arm in arms.items():
-                bar.set_description(f"draw {seed + 1}/{draws}, {name}")
-                start = time.perf_counter()
-                scores[name].append(_checked_score(arm(seed), name, seed))
-                seconds[name].append(round(time.perf_counter() - start, 3))
-                bar.update()
+    runs = [(name, seed) for seed in range(draws) for name in arms]
+    timed = side_by_side(partial(_timed_score, arms), runs, workers)
+    with progress_bar(len(runs), progress) as bar:
+        for name, seed in runs:
+            bar.set_description(f"draw {seed + 1}/{draws}, {name}")
+            score, taken = next(timed)
+            scores[name].append(score)
+            seconds[name].append(taken)
+            bar.update()
     return Comparison(scores, seconds, _command(), _versions())
+
+
+def _timed_score(
+    arms: Mapping[str, Callable[[int], float]], run: tuple[str, int]
+) -> tuple[float, float]:
+    """Score of one arm on one draw, and its seconds."""
+    name, seed = run
+    start = time.perf_counter()
+    with interrupts_raise():  # an arm that was cut short must not enter the table
+        score = _checked_score(arms[name](seed), name, seed)
+    return score, round(time.perf_counter() - start, 3)
 
 
 def _checked_score(score: object, arm: str, seed: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,12 @@ Schedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Monitor = Literal["val_loss", "val_accuracy"]
 Tracker = Literal["tensorboard", "wandb"]
+Penalty = Callable[[Any], Any]  # model -> scalar tensor (or a plain 0)
+
+
+def no_penalty(model: Any) -> float:
+    """The loss is the cross-entropy alone."""
+    return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,8 @@ class TrainConfig:
     Attributes:
         lr: peak learning rate, > 0.
         head_lr: peak learning rate of the head, > 0; None: the same as ``lr``.
+        layer_decay: each layer learns so many times as fast as the one above it, in (0, 1]
+            (see ``tlcourse.freezing.parameter_groups``); None is 1.
         num_steps: length of the run in steps, >= 1.
         num_epochs: length of the run in epochs, >= 1.
         weight_decay: >= 0; decoupled for adamw (Loshchilov & Hutter 2019, arXiv:1711.05101),
@@ -34,6 +43,8 @@ class TrainConfig:
         schedule: after the warm-up, "cosine" down to zero or "constant".
         max_grad_norm: gradients are scaled down to this L2 norm, > 0; None: never.
         label_smoothing: in [0, 1); for the training loss only.
+        penalty: ``penalty(model)`` is added to the loss of every step; a scalar tensor, or 0.
+            ``tlcourse.losses.L2SP`` is one. It is part of the recorded training loss.
         precision: "auto" takes what the device does well ("fp32" on a CPU).
         accumulation_steps: micro-batches (batches of the loader) per step, >= 1.
         eval_every_steps: steps between evaluations, >= 1; None: once per epoch.
@@ -51,6 +62,7 @@ class TrainConfig:
 
     lr: float = 1e-3
     head_lr: float | None = None
+    layer_decay: float | None = None
     num_steps: int | None = None
     num_epochs: int | None = None
     weight_decay: float = 0.01
@@ -60,6 +72,7 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     max_grad_norm: float | None = 1.0
     label_smoothing: float = 0.0
+    penalty: Penalty = no_penalty
     precision: Precision = "auto"
     accumulation_steps: int = 1
     eval_every_steps: int | None = None
@@ -78,6 +91,7 @@ class TrainConfig:
             )
         for name in ("lr", "head_lr", "max_grad_norm"):
             _check_number(name, getattr(self, name), above=0.0, optional=name != "lr")
+        _check_number("layer_decay", self.layer_decay, above=0.0, most=1.0, optional=True)
         _check_number("weight_decay", self.weight_decay, least=0.0)
         _check_number("momentum", self.momentum, least=0.0, below=1.0)
         _check_number("label_smoothing", self.label_smoothing, least=0.0, below=1.0)
@@ -91,6 +105,8 @@ class TrainConfig:
                 f"warmup_steps must be less than num_steps={self.num_steps}, "
                 f"got {self.warmup_steps}"
             )
+        if not callable(self.penalty):
+            raise TypeError(f"penalty must be a function of the model, got {self.penalty!r}")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("precision", self.precision, get_args(Precision))
@@ -105,6 +121,7 @@ def _check_number(
     above: float | None = None,
     least: float | None = None,
     below: float = math.inf,
+    most: float = math.inf,
     optional: bool = False,
 ) -> None:
     """Refuse what is not a finite number in the range; the error shows the range."""
@@ -114,9 +131,10 @@ def _check_number(
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     value = float(value)
     low_ok = (above is None or value > above) and (least is None or value >= least)
-    if not (math.isfinite(value) and low_ok and value < below):
+    if not (math.isfinite(value) and low_ok and value < below and value <= most):
         wanted = f"> {above:g}" if above is not None else f">= {least:g}"
         wanted += f" and < {below:g}" if math.isfinite(below) else ""
+        wanted += f" and <= {most:g}" if math.isfinite(most) else ""
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 

@@ -221,14 +221,32 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
 @lru_cache(maxsize=len(TASKS))
 def _digit_images(name: str) -> tuple[Tensor, Tensor]:
     """All 1,797 digits as images, shape (1797, 3, 32, 32), in [-1, 1], and their labels."""
+    masks, targets = _digit_masks()
+    if name == "plain_digits":
+        grey = F.interpolate(masks.unsqueeze(1), size=(32, 32), mode="area") * 2 - 1
+        return grey.expand(-1, 3, -1, -1).contiguous(), targets
+    return digit_scenes("flower"), targets
+
+
+@lru_cache(maxsize=2)
+def digit_scenes(photo: str) -> Tensor:
+    """All 1,797 digits over patches of a photograph, shape (1797, 3, 32, 32), in [-1, 1].
+
+    Turns, scales, colours and places of the patches are the same for either photograph.
+
+    Args:
+        photo: "flower" (wild digits) or "china".
+    """
+    generator = torch.Generator().manual_seed(_COMPOSITE_SEED)
+    return composite(_digit_masks()[0], photograph(photo), generator)
+
+
+@lru_cache(maxsize=1)
+def _digit_masks() -> tuple[Tensor, Tensor]:
+    """All digits as ink, shape (1797, 48, 48), in [0, 1], and their labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     coarse = torch.from_numpy(digits.images.astype(np.float32) / 16)  # (1797, 8, 8) in [0, 1]
     masks = F.pad(enlarge(coarse), (4, 4, 4, 4))  # (1797, 48, 48): air around the digit
-    targets = torch.from_numpy(digits.target).long()
-    if name == "plain_digits":
-        grey = F.interpolate(masks.unsqueeze(1), size=(32, 32), mode="area") * 2 - 1
-        return grey.expand(-1, 3, -1, -1).contiguous(), targets
-    generator = torch.Generator().manual_seed(_COMPOSITE_SEED)
-    return composite(masks, photograph("flower"), generator), targets
+    return masks, torch.from_numpy(digits.target).long()

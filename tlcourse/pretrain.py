@@ -14,10 +14,19 @@ from typing import Any
 import torch
 
 from tlcourse import backbones
-from tlcourse.backbones import Backbone, Classifier, GlyphNet, Preprocess, checkpoint_path
+from tlcourse.backbones import (
+    EMBEDDED,
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    Backbone,
+    Classifier,
+    GlyphNet,
+    Preprocess,
+    checkpoint_path,
+)
 from tlcourse.config import TrainConfig
 from tlcourse.runtime import default_device
-from tlcourse.sources import GlyphScenes
+from tlcourse.scenes import SOURCES, SceneLoader
 from tlcourse.train import History, fit
 
 
@@ -27,12 +36,14 @@ class Recipe:
 
     Attributes:
         seed: of the initial weights and of the scenes.
+        source: a name of ``tlcourse.scenes.SOURCES``.
         num_steps: updates of the weights.
         batch_size: scenes in each step.
         lr: peak learning rate of AdamW, with warm-up and cosine.
     """
 
-    seed: int
+    seed: int = 0
+    source: str = "glyphs"
     num_steps: int = 12_000
     batch_size: int = 96
     lr: float = 2e-3
@@ -41,16 +52,20 @@ class Recipe:
     label_smoothing: float = 0.05
 
 
+SMALL_BUDGET = 2_500  # steps, for sources that are compared with each other
 RECIPES = {
-    "glyphnet": Recipe(seed=0),
+    "glyphnet": Recipe(),
     "glyphnet_seed1": Recipe(seed=1),
     "glyphnet_seed2": Recipe(seed=2),
-}
+    "glyphnet_bn": Recipe(num_steps=4_000),
+    "glyphs_seed1": Recipe(seed=1, num_steps=SMALL_BUDGET),
+    "shapes_seed1": Recipe(seed=1, source="shapes", num_steps=SMALL_BUDGET),
+} | {name: Recipe(source=name, num_steps=SMALL_BUDGET) for name in SOURCES}
 VAL_SEED, TEST_SEED = 9_001, 9_002
 
 
 def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None) -> Path:
-    """Pre-train a backbone on glyph scenes; write the checkpoint and its card.
+    """Pre-train a backbone on its source; write the checkpoint and its card.
 
     Args:
         name: a key of ``RECIPES``.
@@ -71,9 +86,10 @@ def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None
     recipe = RECIPES[name]
     steps = num_steps or recipe.num_steps
     torch.manual_seed(recipe.seed)
-    body = GlyphNet()
+    source = SOURCES[recipe.source]
+    body = GlyphNet(norm=EMBEDDED[name])
     backbone = Backbone(body, name, body.feature_dim, Preprocess(32))
-    model = Classifier(backbone, GlyphScenes.num_classes).to(default_device())
+    model = Classifier(backbone, source.num_classes).to(default_device())
     config = TrainConfig(
         lr=recipe.lr,
         num_steps=steps,
@@ -86,10 +102,11 @@ def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None
         seed=recipe.seed,
     )
     # Scenes for training, choosing the step and the card come from different seeds.
-    train = GlyphScenes(steps, recipe.batch_size, seed=100 + recipe.seed)
-    history = fit(model, train, GlyphScenes(8, 250, VAL_SEED, fixed=True), config)
+    train = SceneLoader(recipe.source, steps, recipe.batch_size, seed=100 + recipe.seed)
+    history = fit(model, train, SceneLoader(recipe.source, 8, 250, VAL_SEED, fixed=True), config)
     path = (folder / f"{name}.safetensors") if folder else checkpoint_path(name)
-    backbones.save_model(body, path)
+    head = {HEAD_WEIGHT: model.head.weight, HEAD_BIAS: model.head.bias}
+    backbones.save_state(body.state_dict() | head, path)
     card = make_card(name, recipe, history, model, path)
     path.with_suffix(".json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -102,14 +119,15 @@ def make_card(
     from tlcourse.evaluation import evaluate
 
     steps = len(history.step)
-    result = evaluate(model, GlyphScenes(20, 250, TEST_SEED, fixed=True))
+    source = SOURCES[recipe.source]
+    result = evaluate(model, SceneLoader(recipe.source, 20, 250, TEST_SEED, fixed=True))
     shortened = f" --steps {steps} --out FOLDER" if steps != recipe.num_steps else ""
     return {
         "name": name,
-        "architecture": "GlyphNet, widths 32-32-64-128, GroupNorm",
+        "architecture": f"GlyphNet, widths 32-32-64-128, {EMBEDDED[name].title()}Norm",
         "num_parameters": sum(p.numel() for p in model.backbone.parameters()),
-        "trained_on": f"glyph scenes, {GlyphScenes.num_classes} classes, made by tlcourse.sources "
-        "from matplotlib's fonts over scikit-learn's photograph china.jpg",
+        "trained_on": f"source {recipe.source!r} of tlcourse.scenes ({source.about}), "
+        f"{source.num_classes} classes; fonts of matplotlib, photograph china.jpg of scikit-learn",
         "command": f"tlcourse pretrain {name}{shortened}",
         "seed": recipe.seed,
         "num_steps": steps,

@@ -71,8 +71,11 @@ class TrainingDiverged(RuntimeError):
     """The loss, or a weight, became NaN or infinite. ``history`` holds the run up to there."""
 
     def __init__(self, message: str, history: History) -> None:
-        super().__init__(message)
+        super().__init__(message, history)  # both, so that it can be sent between processes
         self.history = history
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @contextmanager

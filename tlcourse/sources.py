@@ -1,4 +1,4 @@
-"""Procedural pre-training source: glyph scenes, and the compositing they share with the target.
+"""Glyph scenes, the course's main pre-training source, and the compositing shared with the target.
 
 A scene is one glyph (a letter or a symbol from the fonts that matplotlib ships), turned,
 scaled, sheared and coloured, over a patch of a photograph. Nothing is downloaded.
@@ -6,7 +6,7 @@ scaled, sheared and coloured, over a patch of a photograph. Nothing is downloade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -233,45 +233,32 @@ def glyph_batch(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     Returns:
         images, shape (num, 3, 32, 32), in [-1, 1]; labels, shape (num,), in [0, len(GLYPHS)).
     """
-    masks, classes = glyph_bank()
-    wanted = torch.randint(len(GLYPHS), (num,), generator=generator)
+    return mask_batch(glyph_bank(), num, generator)
+
+
+def mask_batch(
+    bank: tuple[Tensor, Tensor],
+    num: int,
+    generator: torch.Generator,
+    photo: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a class, then one of its masks, and compose a scene.
+
+    Args:
+        bank: masks, shape (M, 40, 40), in [0, 1], and the class of each, in ascending order.
+        num: scenes.
+        generator: the only source of chance.
+        photo: shape (3, H, W), in [0, 1]; None is the "china" photograph.
+
+    Returns:
+        images, shape (num, 3, 32, 32), in [-1, 1]; labels, shape (num,).
+    """
+    masks, classes = bank
+    wanted = torch.randint(int(classes[-1]) + 1, (num,), generator=generator)
     starts = torch.searchsorted(classes, wanted)
     counts = torch.searchsorted(classes, wanted, right=True) - starts
     rows = starts + (torch.rand(num, generator=generator) * counts).long()
     chosen = masks[rows]
     crisp = torch.rand(num, 1, 1, generator=generator) < 0.3
     chosen = torch.where(crisp, chosen, soften(chosen, generator))
-    return composite(chosen, photograph("china"), generator), wanted
-
-
-class GlyphScenes:
-    """An endless supply of glyph scenes, seen as a loader of ``num_batches`` batches.
-
-    Every pass draws new scenes; the same seed draws the same sequence.
-
-    Args:
-        num_batches: at least 1; what ``len`` returns.
-        batch_size: at least 1.
-        seed: of the sequence.
-        fixed: True repeats the same scenes in every pass (for validation).
-    """
-
-    num_classes = len(GLYPHS)
-
-    def __init__(self, num_batches: int, batch_size: int, seed: int, fixed: bool = False) -> None:
-        if num_batches < 1 or batch_size < 1:
-            raise ValueError(
-                f"num_batches and batch_size must be >= 1, got {num_batches} and {batch_size}"
-            )
-        self.num_batches, self.batch_size = num_batches, batch_size
-        self.seed, self.fixed = seed, fixed
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.fixed:
-            self._generator.manual_seed(self.seed)
-        for _ in range(self.num_batches):
-            yield glyph_batch(self.batch_size, self._generator)
+    return composite(chosen, photograph("china") if photo is None else photo, generator), wanted

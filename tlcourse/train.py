@@ -22,10 +22,10 @@ def fit(
 ) -> History:
     """Train a classifier, and leave it with its best weights, in evaluation mode.
 
-    The loss is cross-entropy, averaged over all examples of a step, so that a short last
-    micro-batch does not count more per example. The run uses torch's random generators
-    seeded with ``config.seed``; afterwards they are as before. Ctrl-C ends the run and keeps
-    the best weights so far (without any evaluation: the present ones).
+    The loss is cross-entropy, averaged over all examples of a step (so that a short last
+    micro-batch does not count more per example), plus ``config.penalty``. The run uses torch's
+    random generators seeded with ``config.seed``; afterwards they are as before. Ctrl-C ends
+    the run and keeps the best weights so far (without any evaluation: the present ones).
 
     Args:
         model: gives logits, shape (B, K), or an object with such ``.logits``; stays on its
@@ -61,6 +61,7 @@ def fit(
                 recorder.check_labels(targets, logits)
                 targets = targets.to(plan.device, non_blocking=True)
                 loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+                loss = loss + config.penalty(model)
                 loss = loss * (len(targets) / num_examples)  # its share of the step's mean
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
@@ -80,7 +81,9 @@ def fit(
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW or SGD over ``parameter_groups``."""
-    groups = parameter_groups(model, config.lr, config.weight_decay, config.head_lr)
+    groups = parameter_groups(
+        model, config.lr, config.weight_decay, config.head_lr, config.layer_decay
+    )
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     # One kernel for all parameters on a GPU. On the CPU torch's default, so that a loop

@@ -15,10 +15,10 @@
 # **You need** lessons 01 and 03. **Time** about 60 minutes; the notebook itself runs in under a
 # minute on two cores.
 #
-# **Expected result.** From 100 labelled images and 50 steps, a reader that is right on about 83 %
-# [81, 86] of the test digits; a network without pre-training gets 18 % [15, 21] with up to 1,500
-# steps. Trained on with new data alone, the reader loses about 28 points [23, 34] on the old; with
-# the old images mixed in, about 2 [-2, 6].
+# **Expected result.** From 100 labelled images and 40 steps, a reader that is right on about 84 %
+# [82, 86] of the test digits; a network without pre-training gets 18 % [15, 21] with up to 1,500
+# steps. Trained on with new data alone, the reader loses about 29 points [21, 37] on the old; with
+# the old images mixed in, about 3 [0, 6].
 
 # %% tags=["setup"]
 import tlcourse as tl
@@ -117,13 +117,13 @@ tl.plots.alt(
 # ## Step 1: the data and the backbone
 #
 # The task is *wild digits*: real handwritten digits, in any colour, over patches of a photograph.
-# Ten labelled images of each digit are ours to learn from. Validation and test images are separate,
-# and written by other people.
+# Ten labelled images of each digit are ours to learn from. Validation and test images come from
+# other stretches of the collection, and so, but for a few, from other writers.
 #
 # The first thing to do with data is to look at it. The second is to make sure that no image is in
 # two parts.
 
-# %%
+# %% tags=["nbval-check-output"]
 task = tl.load_task("wild_digits", labels_per_class=10, seed=0)
 parts = {"training": task.train, "validation": task.val, "test": task.test}
 for name, part in parts.items():
@@ -143,13 +143,14 @@ tl.plots.alt(pictures, "One training image of each digit from 0 to 9, in colours
 # pre-trained to tell some two hundred letters and symbols apart. It comes with two things that
 # belong together, its weights and its `preprocess`: the size and the range of numbers that the
 # weights are used to. Most silent failures in transfer learning are a preprocessing that does not
-# belong to the weights. There is one at the end of this lesson.
+# belong to the weights. You will meet three near the end of this lesson.
 
 # %%
 backbone = tl.load_backbone("glyphnet")
 print(tl.freezing.count_parameters(backbone))
 print(f"features per image: {backbone.feature_dim};  input: {backbone.preprocess}")
 num_draws = {"tiny": 5, "full": 10}[run.profile]  # of every comparison below
+torch.set_num_threads(1)  # a network this small gains nothing from a second core
 
 # %% [markdown]
 # ## Step 2: a head
@@ -171,11 +172,11 @@ num_draws = {"tiny": 5, "full": 10}[run.profile]  # of every comparison below
 # that costs one line, and finds half of all mistakes in wiring. A head with zero weights *must*
 # start at $\log K$.
 
-# %%
+# %% tags=["nbval-check-output"]
 classifier = tl.Classifier(backbone, task.num_classes).to(run.device)
 nn.init.zeros_(classifier.head.weight)
 nn.init.zeros_(classifier.head.bias)
-loaders = task.loaders(batch_size=25, augment=True, seed=0)
+loaders = task.loaders(batch_size=20, augment=True, seed=0)
 start = tl.evaluate(classifier, loaders.val).loss
 print(f"loss of a head of zeros: {start:.4f};  log 10 = {math.log(10):.4f}")
 assert abs(start - math.log(10)) < 1e-4
@@ -234,7 +235,7 @@ def to_tokens(names):
     return inputs, targets
 
 
-# %%
+# %% tags=["nbval-check-output"]
 inputs, targets = to_tokens(NAMES)
 print(f"vocabulary of {len(VOCABULARY)} tokens: {VOCABULARY}")
 print("the decoder reads:   ", " ".join(VOCABULARY[token] for token in inputs[6]))
@@ -387,6 +388,8 @@ print(f"without the image, either would pay at least {math.log(10):.2f}")
 assert choosing < math.log(10) - 0.3 and writing < math.log(10) - 0.3
 
 # %% [markdown]
+# (The head that writes can do something that the other cannot: misspell.)
+#
 # Both heads read the same features, and both are now well below $\log 10$. (Which of the two is ahead
 # depends on how each is regularised; we make no claim.) The choice between them follows from the
 # task: a fixed list of answers calls for the head that chooses, anything that must be *said* for
@@ -399,19 +402,19 @@ assert choosing < math.log(10) - 0.3 and writing < math.log(10) - 0.3
 # %%
 config = tl.TrainConfig(
     lr=1e-3,  # peak learning rate: how far one step goes
-    num_steps=80,  # updates, at most
+    num_steps=60,  # updates, at most
     warmup_steps=10,  # steps in which lr rises from 0, while Adam's averages are still empty
     weight_decay=0.01,  # not for biases and norm scales
     max_grad_norm=1.0,  # a gradient longer than this is shortened to it
-    eval_every_steps=10,  # how often the validation set is read
-    patience=5,  # stop after so many readings without a better one ...
+    eval_every_steps=5,  # how often the validation set is read
+    patience=6,  # stop after so many readings without a better one ...
     monitor="val_loss",  # ... where better means a lower validation loss
     precision="fp32",  # small enough for full precision everywhere
     progress=False,
 )
 
 # %% [markdown]
-# (The batch size belongs to the loaders. Ours is 25: 100 images are then four whole batches. With 32
+# (The batch size belongs to the loaders. Ours is 20: 100 images are then five whole batches. With 32
 # every fourth batch would hold four images, and its gradient would be the opinion of four.)
 #
 # Most of these can stay as they are from one task to the next. One cannot: the learning rate. Too
@@ -429,8 +432,8 @@ def at_the_start():
 
 trials = {}
 for lr in (3e-4, 3e-3, 3e-2):
-    loaders = task.loaders(batch_size=25, augment=True, seed=0)  # the same batches for each
-    short = replace(config, lr=lr, num_steps=30, patience=None)
+    loaders = task.loaders(batch_size=20, augment=True, seed=0)  # the same batches for each
+    short = replace(config, lr=lr, num_steps=15, patience=None)
     trials[lr] = tl.fit(at_the_start(), loaders.train, loaders.val, short)
     print(f"lr {lr:g}: best validation loss {min(trials[lr].val_loss):.3f}")
 
@@ -451,7 +454,7 @@ print(f"chosen: lr = {config.lr:g}")
 
 # %%
 model = at_the_start()
-loaders = task.loaders(batch_size=25, augment=True, seed=0)
+loaders = task.loaders(batch_size=20, augment=True, seed=0)
 history = tl.fit(model, loaders.train, loaders.val, config)
 print(f"ended after step {history.step[-1]}, kept the weights of step {history.best_step}")
 
@@ -466,7 +469,7 @@ tl.plots.alt(
 # The training loss goes to zero: the reader knows its 100 images by heart, however they are
 # distorted. The validation loss does not follow. What lies between the curves is what 100 images
 # cannot tell (lesson 09). It goes up and down while the learning rate is high, and settles as the
-# rate goes down. `fit` has put the weights of the *best* reading back, not those of the last one.
+# rate goes down. `fit` puts the weights of the *best* reading back, which need not be the last.
 #
 # When should it have stopped? **Early stopping** waits until `patience` readings in a row have
 # brought nothing better. The curve is recorded, so we can ask what each patience would have done:
@@ -484,7 +487,7 @@ def stopping_point(val_loss, patience):
     return reading, best
 
 
-for patience in range(1, 7):
+for patience in range(1, 8):
     last, best = stopping_point(history.val_loss, patience)
     steps = f"stops after step {history.eval_step[last]:3}, keeps step {history.eval_step[best]:3}"
     print(f"patience {patience}: {steps}, validation loss {history.val_loss[best]:.3f}")
@@ -701,12 +704,12 @@ def fit_by_hand(model, train_loader, val_loader, config):
 # %% [markdown]
 # If this is what `fit` does, then the same start, the same batches and the same settings must end
 # in the same weights. Not in a similar accuracy: in the same numbers, all 310,186 of them. We give
-# both a patience of 2, so that early stopping is put to the test as well.
+# both a patience of 1, so that early stopping is put to the test as well.
 
 # %%
-hasty = replace(config, patience=2)
+hasty = replace(config, patience=1)
 by_hand, by_fit = at_the_start(), at_the_start()
-first, second = (task.loaders(batch_size=25, seed=0) for _ in range(2))  # that draw the same
+first, second = (task.loaders(batch_size=20, seed=0) for _ in range(2))  # that draw the same
 kept = fit_by_hand(by_hand, first.train, first.val, hasty)
 hasty_history = tl.fit(by_fit, second.train, second.val, hasty)
 pairs = zip(by_hand.parameters(), by_fit.parameters(), strict=True)
@@ -724,22 +727,27 @@ assert kept == hasty_history.best_step and largest < 1e-3
 # ## Was it the transfer?
 #
 # A sceptic has two questions. *Was that luck, one draw of 100 images?* So we train several readers
-# in the same way, each on other labelled images, for 50 steps. They are kept; we need them again.
+# in the same way, each on other labelled images, for 40 steps. They are kept; we need them again.
 
 
 # %%
-def train_reader(seed, num_steps=50):
+def train_reader(seed, num_steps=40):
     """Ten labels per class drawn by seed, head from a probe, then everything is trained."""
     labelled = tl.load_task("wild_digits", labels_per_class=10, seed=seed)
     reader = tl.Classifier(tl.load_backbone("glyphnet"), labelled.num_classes).to(run.device)
     cached = tl.extract_features(reader.backbone, labelled.loaders(augment=False).train)
-    tl.linear_probe(cached, cached).copy_to(reader.head)  # fitted, and reported, on training data
+    # The penalty is the one chosen above; with a single candidate there is nothing to choose.
+    tl.linear_probe(cached, cached, cached, c_grid=(probe.C,)).copy_to(reader.head)
     settings = replace(config, num_steps=num_steps, patience=None, seed=seed)
-    tl.fit(reader, labelled.loaders(batch_size=25, seed=seed).train, None, settings)
+    tl.fit(reader, labelled.loaders(batch_size=20, seed=seed).train, None, settings)
     return reader
 
 
-readers = [train_reader(seed) for seed in range(num_draws)]
+# %% [markdown]
+# Draws do not wait for each other, so `side_by_side` gives each core one of them.
+
+# %%
+readers = list(tl.side_by_side(train_reader, range(num_draws)))
 ours = [tl.evaluate(reader, loaders.test).accuracy for reader in readers]
 print(f"test accuracy over {num_draws} draws: {mean_interval(ours)}")
 
@@ -749,7 +757,7 @@ print(f"test accuracy over {num_draws} draws: {mean_interval(ours)}")
 # That takes minutes, so these numbers are read from the recorded run of lesson 01; the file says how
 # to repeat it. Every draw of labels was given to each arm.
 
-# %%
+# %% tags=["nbval-check-output"]
 recorded = json.loads((data_dir() / "results" / "wild_digits.json").read_text(encoding="utf-8"))
 comparison = Comparison(recorded["counts"]["10"]["scores"])  # ten labels per class
 print(recorded["command"])
@@ -807,7 +815,7 @@ def join(a, b):
 def refresh(saved, split, seed, num_steps=40):
     """Train on from a saved reader; the saved one is left as it is."""
     reader = copy.deepcopy(saved)
-    batches = BatchLoader(split.inputs, split.targets, 25, True, augment_images, seed)  # shuffled
+    batches = BatchLoader(split.inputs, split.targets, 20, True, augment_images, seed)  # shuffled
     tl.fit(reader, batches, None, replace(config, num_steps=num_steps, patience=None))
     return reader
 
@@ -828,7 +836,7 @@ def refreshed_readers(seed):
 # %%
 cameras = {"old": task.val, "new": second_camera(task.val)}
 scores = {camera: {} for camera in cameras}
-refreshed = [refreshed_readers(seed) for seed in range(num_draws)]
+refreshed = list(tl.side_by_side(refreshed_readers, range(num_draws)))
 for by_way in refreshed:
     for way, reader in by_way.items():
         for camera, part in cameras.items():
@@ -866,7 +874,8 @@ assert forgets.high < -0.1 and keeps.low > -0.12 and saved_by_replay.low > 0.1
 #
 # Two old images of each digit save about half of what would be lost. All of them save nearly all of
 # it. The price is on the right side of the picture: at the same number of steps half of every batch
-# is old, and the new camera is learned more slowly. More steps would pay for that.
+# is old, and the new camera is learned more slowly. Whether more steps pay for that, you can try:
+# `num_steps` is an argument of `refresh`.
 #
 # The decision was made on validation images. Now that it is made (new + all old), the chosen readers
 # are tested, once, on both cameras.
@@ -881,7 +890,7 @@ change = mean_interval([b - a for a, b in zip(ours, after, strict=True)])
 print(f"test, new camera: {mean_interval(on_turned)}")
 print(f"test, old camera: {mean_interval(after)}")
 print(f"change on the old camera: {change}")
-assert change.low > -0.1 and mean_interval(on_turned).low > 0.4
+assert change.low > -0.12 and mean_interval(on_turned).low > 0.4
 
 # %% [markdown]
 # The last line is what you send along with the new model: what has changed for those who used the old
@@ -928,10 +937,11 @@ assert accuracies.difference("blue, green, red", "as trained").high < -0.05
 assert accuracies.interval("rows and columns").high < 0.3
 
 # %% [markdown]
-# Not one error, not one warning. The wrong range is nearly forgiven, thanks to the normalisation
-# layers inside, and only by luck: another architecture would not. The wrong order of colours costs
-# some 16 points, too little to be noticed at a glance and too much to ship. That is why `preprocess`
-# comes with the weights, and why it alone should stand between a picture and the model.
+# Not one error, not one warning. The wrong range is mostly forgiven: the normalisation layers inside
+# undo most of it, and not every architecture has them. The wrong order of colours costs some 16
+# points, too few to be noticed at a glance and too many to ship. Exchanged rows and columns leave
+# nothing but chance. That is why `preprocess` comes with the weights, and why it alone should stand
+# between a picture and the model.
 #
 # **Replay needs the old data.** If they may not be kept, or are too many, you are in the country of
 # continual learning (lesson 24). And replay protects what is *in* the replayed images, nothing else.
