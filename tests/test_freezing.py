@@ -133,6 +133,50 @@ def test_unfreeze_makes_trainable_what_was_switched_off_by_hand() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_frozen_statistics_stay_while_the_rest_trains(affine: bool) -> None:
+    model = Net()
+    tl.freezing.freeze_statistics(model, affine=affine)
+    before = state(model)
+    train_some_steps(model)
+    batchnorm = {"backbone.1.weight", "backbone.1.bias"}
+    still = {name for name in before if "running" in name or "tracked" in name}
+    assert moved(before, model) == set(before) - still - (batchnorm if affine else set())
+    assert model.training and model.backbone[4].training and not model.backbone[1].training
+
+
+def test_frozen_statistics_normalise_by_the_running_averages() -> None:
+    norm = tl.freezing.freeze_statistics(nn.BatchNorm2d(3)).train()
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 9.0, 1.0]))
+    x = images()
+    mean, var = norm.running_mean.view(1, 3, 1, 1), norm.running_var.view(1, 3, 1, 1)
+    torch.testing.assert_close(norm(x), (x - mean) / (var + norm.eps).sqrt())
+
+
+def test_unfreeze_undoes_frozen_statistics() -> None:
+    model = Net()
+    model.backbone[1].bias.requires_grad_(False)
+    attributes = {name: set(vars(part)) for name, part in model.named_modules()}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    tl.unfreeze(tl.freezing.freeze_statistics(model, affine=True))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert {name: set(vars(part)) for name, part in model.named_modules()} == attributes
+    assert model.backbone[1].training
+
+
+def test_what_is_frozen_already_stays_frozen() -> None:
+    model = Net()
+    tl.freezing.freeze_statistics(tl.freeze(model))
+    assert not any(p.requires_grad for p in model.parameters())
+    model = tl.freezing.freeze_statistics(Net())
+    tl.freeze(model)  # on top: scale and shift stop, too
+    before = state(model)
+    tl.unfreeze(model.head)
+    train_some_steps(model)
+    assert moved(before, model) == {"head.weight", "head.bias"}
+
+
 def test_tied_parameters_come_back() -> None:
     model = nn.ModuleDict({"embed": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
     model["head"].weight = model["embed"].weight

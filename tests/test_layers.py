@@ -8,7 +8,7 @@ from torch import nn
 
 import tlcourse as tl
 from tlcourse.freezing import layer_names
-from tlcourse.layers import LayerFeatures, pool
+from tlcourse.layers import LayerFeatures, all_activations, pool
 
 IMAGES = torch.randn(5, 3, 32, 32)
 
@@ -43,6 +43,38 @@ def test_it_takes_the_place_of_a_backbone_and_adds_no_parameter() -> None:
     assert len(list(read.parameters())) == len(list(backbone.parameters()))
     features = tl.extract_features(read, [(IMAGES, torch.zeros(5, dtype=torch.long))])
     assert features.features.shape == (5, 64)
+
+
+def test_all_layers_from_one_pass_are_those_read_one_by_one() -> None:
+    backbone = tl.load_backbone("glyphnet", pretrained=False)
+    layers = layer_names(backbone)
+    passes = []
+    counter = backbone.register_forward_hook(lambda *_: passes.append(1))
+    found = all_activations(backbone, layers[::-1], IMAGES)
+    counter.remove()
+    assert list(found) == layers[::-1] and len(passes) == 1
+    for layer in layers:
+        assert torch.equal(found[layer], LayerFeatures(backbone, layer).activations(IMAGES))
+    assert not any(part._forward_hooks for part in backbone.modules())
+
+
+def test_all_layers_refuses_what_it_cannot_read() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    network = Skips()
+    with pytest.raises(ValueError, match="'unused' did not run"):
+        all_activations(network, ["used", "unused"], IMAGES)
+    assert not network.used._forward_hooks
+    with pytest.raises(ValueError, match="no layer 'stem'"):
+        all_activations(network, ["used", "stem"], IMAGES)
+    with pytest.raises(ValueError, match="at least one layer"):
+        all_activations(network, [], IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -13,6 +13,8 @@ from torch import nn
 import tlcourse as tl
 from tlcourse import probing
 from tlcourse.evaluation import wilson_interval
+from tlcourse.freezing import layer_names
+from tlcourse.layers import LayerFeatures
 from tlcourse.probing import Features
 
 
@@ -87,6 +89,37 @@ def test_refuses_empty_loaders_and_maps() -> None:
 def test_features_are_checked(features: np.ndarray, targets: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Features(features, targets)
+
+
+def test_rows_are_taken_in_the_order_asked_for() -> None:
+    part = blobs(3).take(np.array([5, 0]))
+    np.testing.assert_array_equal(part.features, blobs(3).features[[5, 0]])
+    assert part.targets.tolist() == [1, 0]
+
+
+def test_layers_extracted_together_are_those_extracted_one_by_one() -> None:
+    network = tl.load_backbone("glyphnet_bn", pretrained=False).train()
+    inputs, targets = torch.randn(7, 3, 32, 32), torch.arange(7) % 3
+    loader = list(zip(inputs.split(4), targets.split(4), strict=True))
+    layers = layer_names(network)[1:3]
+    found = probing.extract_layers(network, loader, layers, ("mean", "flatten"))
+    assert list(found) == [(layer, how) for layer in layers for how in ("mean", "flatten")]
+    for (layer, how), part in found.items():
+        alone = tl.extract_features(LayerFeatures(network, layer, how), loader)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(part.features, alone.features)
+        np.testing.assert_array_equal(part.targets, targets.numpy())
+    assert all(part.training for part in network.modules())
+
+
+def test_extract_layers_refuses_nothing_to_do() -> None:
+    network = tl.load_backbone("glyphnet", pretrained=False)
+    loader = [(torch.randn(1, 3, 32, 32), torch.tensor([0]))]
+    with pytest.raises(ValueError, match="loader is empty"):
+        probing.extract_layers(network, [], ["body.stem"])
+    with pytest.raises(ValueError, match="at least one pooling"):
+        probing.extract_layers(network, loader, ["body.stem"], ())
+    with pytest.raises(ValueError, match="must be a tensor, got dict"):
+        probing.extract_layers(network, [({"x": loader[0][0]}, loader[0][1])], ["body.stem"])
 
 
 # Linear probe
@@ -209,22 +242,80 @@ def test_probe_refuses_what_it_cannot_fit() -> None:
             tl.linear_probe(train, test, c_grid=grid)
 
 
+# Ridge probe
+
+
+@pytest.mark.parametrize("C", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("width", [6, 100])  # fewer and more features than the 40 examples
+@pytest.mark.parametrize("standardise", [True, False])
+def test_ridge_is_scikit_learns(C: float, classes: int, width: int, standardise: bool) -> None:
+    train, test = blobs(40 // classes, classes, width), blobs(50, classes, width, seed=1)
+    probe = probing.ridge_probe(train, test, c_grid=[C], standardise=standardise)
+    steps = [StandardScaler()] if standardise else []
+    truth = make_pipeline(*steps, RidgeClassifier(alpha=1 / C, solver="svd"))
+    truth.fit(train.features.astype(np.float64), train.targets)
+    scores = truth.decision_function(test.features.astype(np.float64))  # targets -1 and 1
+    ours = 2 * probe.logits(test.features) - 1
+    np.testing.assert_allclose(ours[:, 1] if classes == 2 else ours, scores, atol=1e-6)
+    assert probe.weight.shape == (classes, width) and probe.C == C
+    assert probe.accuracy == truth.score(test.features.astype(np.float64), test.targets)
+
+
+def test_ridge_without_validation_chooses_as_if_each_example_were_left_out() -> None:
+    grid = (1e-3, 1e-1, 1e1)
+    for seed in range(5):
+        train = blobs(4, width=9, seed=seed, spread=3.0)
+        hits = dict.fromkeys(grid, 0)
+        for row in range(len(train.targets)):
+            rest, alone = np.arange(len(train.targets)) != row, np.array([row])
+            for C in grid:
+                left = train.take(rest)
+                probe = probing.ridge_probe(left, train.take(alone), None, [C], standardise=False)
+                hits[C] += int(probe.accuracy)
+        best = max(grid, key=lambda C: (hits[C], -C))
+        assert best == probing.ridge_probe(train, train, None, grid, standardise=False).C
+
+
+def test_ridge_chooses_on_validation_and_not_on_test() -> None:
+    train, val, test = blobs(4, spread=2.0), blobs(30, seed=1, spread=2.0), blobs(30, seed=2)
+    grid = (1e-4, 1e-2, 1e0, 1e2)
+    probe = probing.ridge_probe(train, test, val, grid)
+    on_val = {C: probing.ridge_probe(train, val, c_grid=[C]).accuracy for C in grid}
+    assert on_val[probe.C] == max(on_val.values())
+    shuffled = Features(test.features, test.targets[::-1].copy())
+    np.testing.assert_array_equal(
+        probe.weight, probing.ridge_probe(train, shuffled, val, grid).weight
+    )
+
+
+def test_ridge_refuses_what_it_cannot_fit() -> None:
+    train = blobs(5)
+    with pytest.raises(ValueError, match="6 columns of train, got 7"):
+        probing.ridge_probe(train, blobs(5, width=7))
+    with pytest.raises(ValueError, match="numbers > 0"):
+        probing.ridge_probe(train, train, c_grid=[0.0])
+
+
 # Nearest neighbours
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
 @pytest.mark.parametrize("spread", [0.5, 2.0])
-def test_knn_is_scikit_learns(k: int, spread: float) -> None:
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_knn_is_scikit_learns(k: int, spread: float, metric: str) -> None:
     train, test = blobs(10, spread=spread), blobs(400, seed=1, spread=spread)
-    truth = KNeighborsClassifier(n_neighbors=k, metric="cosine", algorithm="brute")
+    truth = KNeighborsClassifier(n_neighbors=k, metric=metric, algorithm="brute")
     truth.fit(train.features.astype(np.float64), train.targets)
     expected = truth.score(test.features.astype(np.float64), test.targets)
-    assert tl.knn(train, test, k) == pytest.approx(expected, abs=1e-9)
+    assert tl.knn(train, test, k, metric) == pytest.approx(expected, abs=1e-9)  # type: ignore[arg-type]
 
 
 def test_knn_in_known_cases() -> None:
     axes = Features(np.eye(3, dtype=np.float32), np.arange(3))
     assert tl.knn(axes, Features(100 * axes.features, axes.targets), k=1) == 1.0  # cosine
+    near_the_first = Features(np.array([[0.4, 0.5, 9.0]], dtype=np.float32) - 9, np.array([2]))
+    assert tl.knn(axes, near_the_first, k=1, metric="euclidean") == 1.0
     assert tl.knn(axes, axes, k=3) == pytest.approx(1 / 3)  # all tie: the smallest class
 
 
@@ -232,6 +323,8 @@ def test_knn_refuses_other_k() -> None:
     for k in (0, 21):
         with pytest.raises(ValueError, match=rf"k must be in 1\.\.20 .*, got {k}"):
             tl.knn(blobs(5), blobs(5), k)
+    with pytest.raises(ValueError, match="metric must be 'cosine' or 'euclidean', got 'l1'"):
+        tl.knn(blobs(5), blobs(5), metric="l1")  # type: ignore[arg-type]
 
 
 def test_default_grid_is_wide_enough() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from tlcourse.transferability import cka, h_score, leep, log_me
+from tlcourse.transferability import cka, h_score, leep, log_me, neighbour_score
 
 RNG = np.random.default_rng(0)
 TARGETS = np.array([0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 2, 1] * 3)
@@ -76,6 +76,20 @@ def test_shrinkage_tames_the_h_score_of_noise() -> None:
     noise = RNG.normal(size=(36, 30))
     assert h_score(noise, TARGETS) > 1.2
     assert h_score(noise, TARGETS, shrinkage=True) < 0.5 * h_score(noise, TARGETS)
+
+
+def test_neighbour_score_by_leaving_each_example_out() -> None:
+    for k in (1, 4, 5):
+        hits = 0
+        for i, (row, truth) in enumerate(zip(FEATURES, TARGETS, strict=True)):
+            others, labels = np.delete(FEATURES, i, axis=0), np.delete(TARGETS, i)
+            cosine = others @ row / np.linalg.norm(others, axis=1) / np.linalg.norm(row)
+            votes = np.bincount(labels[np.argsort(-cosine)[:k]], minlength=3)
+            hits += int(votes.argmax() == truth)
+        assert neighbour_score(FEATURES, TARGETS, k) == hits / len(TARGETS)
+    assert neighbour_score(np.eye(3)[TARGETS] + 1e-3 * FEATURES[:, :3], TARGETS) == 1
+    with pytest.raises(ValueError, match=r"k must be in 1\.\.35 .*got 36"):
+        neighbour_score(FEATURES, TARGETS, 36)
 
 
 def test_cka_invariances() -> None:

@@ -53,8 +53,32 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
+def freeze_statistics(module: nn.Module, affine: bool = False) -> nn.Module:
+    """Hold the running statistics of every BatchNorm still; the rest of the module trains on.
+
+    Each BatchNorm stays in evaluation mode for good, as under ``freeze``: it normalises by its
+    running averages (Ioffe & Szegedy 2015, section 3.1, arXiv:1502.03167), in training too, and
+    does not change them. ``unfreeze`` undoes it. A BatchNorm that is frozen already stays so.
+
+    Args:
+        module: any module; changed in place. Without a BatchNorm nothing happens.
+        affine: freeze scale and shift as well.
+
+    Returns:
+        The same module.
+    """
+    for part in module.modules():
+        if not isinstance(part, nn.modules.batchnorm._BatchNorm) or _is_frozen(part):
+            continue
+        freeze(part)
+        before: Any = part._before_freezing
+        for name, parameter in part.named_parameters(recurse=False):
+            parameter.requires_grad_(name in before.trainable and not affine)
+    return module
+
+
 def unfreeze(module: nn.Module) -> nn.Module:
-    """Undo ``freeze``: what was trainable before is trainable again.
+    """Undo ``freeze`` and ``freeze_statistics``: what was trainable is trainable again.
 
     The mode becomes the one that was last asked for with ``train()`` or ``eval()``. A module
     that ``freeze`` never saw gets ``requires_grad=True`` for all its floating parameters.

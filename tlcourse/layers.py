@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -31,16 +32,11 @@ class LayerFeatures(nn.Module):
 
     def __init__(self, network: nn.Module, layer: str, pooling: Pooling = "mean") -> None:
         super().__init__()
-        modules = dict(network.named_modules())
-        if layer not in modules or layer == "":
-            from tlcourse.freezing import layer_names
-
-            known = ", ".join(layer_names(network))
-            raise ValueError(f"no layer {layer!r}; the layers are {known}, and their parts")
+        module = _module(network, layer)
         if pooling not in _POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(_POOLINGS)}, got {pooling!r}")
         self.network, self.layer, self.pooling = network, layer, pooling
-        self._module = [modules[layer]]  # in a list, so that it is not registered a second time
+        self._module = [module]  # in a list, so that it is not registered a second time
 
     def forward(self, images: Tensor) -> Tensor:
         """Args:
@@ -67,6 +63,43 @@ class LayerFeatures(nn.Module):
         raise ValueError(f"layer {self.layer!r} did not run on this input")
 
 
+def all_activations(network: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """The unpooled outputs of several layers, from one forward pass.
+
+    Args:
+        network: run in the mode it is in; it is not changed.
+        layers: names as in ``LayerFeatures``.
+        images: what the network takes.
+
+    Returns:
+        Layer name -> output, in the order of ``layers``.
+
+    Raises:
+        ValueError: for no layer at all, an unknown one, or one that did not run (names it).
+    """
+    if not layers:
+        raise ValueError("all_activations needs at least one layer, got none")
+    modules = {layer: _module(network, layer) for layer in layers}
+    found: dict[str, Tensor] = {}
+
+    def keep(layer: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            found[layer] = output
+
+        return hook
+
+    handles = [part.register_forward_hook(keep(layer)) for layer, part in modules.items()]
+    try:
+        network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        if layer not in found:
+            raise ValueError(f"layer {layer!r} did not run on this input")
+    return {layer: found[layer] for layer in layers}
+
+
 def pool(activations: Tensor, pooling: Pooling) -> Tensor:
     """One vector for each example; see ``LayerFeatures``.
 
@@ -90,6 +123,16 @@ def pool(activations: Tensor, pooling: Pooling) -> Tensor:
         raise ValueError(f"cannot pool shape {tuple(activations.shape)} by {pooling!r}")
     mean, largest = places.mean(dim=2), places.amax(dim=2)
     return {"mean": mean, "max": largest, "mean+max": torch.cat([mean, largest], 1)}[pooling]
+
+
+def _module(network: nn.Module, layer: str) -> nn.Module:
+    modules = dict(network.named_modules())
+    if layer not in modules or layer == "":
+        from tlcourse.freezing import layer_names
+
+        known = ", ".join(layer_names(network))
+        raise ValueError(f"no layer {layer!r}; the layers are {known}, and their parts")
+    return modules[layer]
 
 
 _POOLINGS = ("mean", "max", "mean+max", "flatten", "first")

@@ -97,6 +97,36 @@ def h_score(features: np.ndarray, targets: np.ndarray, shrinkage: bool = False) 
     return float((1 - amount) * np.trace(pinvh(total) @ between))
 
 
+def neighbour_score(features: np.ndarray, targets: np.ndarray, k: int = 5) -> float:
+    """Leave-one-out accuracy of a vote among each example's k nearest other examples.
+
+    Nearest by cosine similarity; equal votes go to the smaller class number (as in ``tl.knn``).
+    The cheapest score that needs neither the source's head nor a model.
+
+    Args:
+        features: shape (N, D).
+        targets: shape (N,).
+        k: in 1..N-1.
+
+    Returns:
+        In [0, 1]; higher is better. With balanced classes, blind features score a little below
+        1/K, as leaving an example out makes its own class the scarcest.
+
+    Raises:
+        ValueError: if lengths differ, or k is out of range.
+    """
+    features, targets = _checked(features, targets, "features")
+    if not 1 <= k < len(targets):
+        raise ValueError(f"k must be in 1..{len(targets) - 1} (other examples), got {k}")
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    directions = features / np.maximum(lengths, 1e-12)
+    similarity = directions @ directions.T
+    np.fill_diagonal(similarity, -np.inf)  # nobody is their own neighbour
+    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    votes = _one_hot(targets)[nearest].sum(axis=1)  # (N, K)
+    return float((votes.argmax(axis=1) == targets).mean())
+
+
 def cka(x: np.ndarray, y: np.ndarray, debiased: bool = True) -> float:
     """Linear centred kernel alignment of two descriptions of the same examples.
 
