@@ -95,9 +95,10 @@ print("from scratch:", from_scratch.interval)
 #
 # ## 4. With transfer
 #
-# Now one word changes: `pretrained=True`. The backbone comes with the weights that it had after
+# Now the word that counts changes: `pretrained=True`. The backbone comes with the weights that it had after
 # learning to tell letters and symbols apart. We also start the head more cleverly, from a
-# *linear probe*; lesson 08 explains why that helps.
+# *linear probe*; lesson 08 explains why that helps. And a network that is good already takes smaller
+# steps (`lr`), and fewer of them.
 
 # %%
 transfer = tl.Classifier(tl.load_backbone("glyphnet", pretrained=True), num_classes=10)
