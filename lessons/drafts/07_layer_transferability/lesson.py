@@ -325,7 +325,10 @@ ax = tl.plots.plot_comparison(result, "test accuracy")
 tl.plots.alt(ax, f"Dots and intervals of the four networks.\n{result.table()}")
 
 # %% [markdown]
-# @@SHORT@@
+# Two rows are clear. Layers that have learned something, be it letters or shapes, are worth far more
+# than random ones; and moving them (A4B+) is worth much more than keeping them still. Near against
+# far is nine points here, with an interval from four to fifteen, after very few steps. That needs a
+# longer run, and so do the selfers.
 #
 # ## The long experiment
 #
@@ -698,13 +701,14 @@ for name, values in alike.items():
 top = {name: values[3] for name, values in alike.items()}
 stem = {name: values[0] for name, values in alike.items()}
 assert minus(top["random, two seeds"], top["near and random"]).low > 0.3
-assert minus(top["near, two seeds"], top["near and random"]).low > 0.1
+assert minus(top["near, two seeds"], top["near and random"]).low > 0.2
+assert minus(top["near and far"], top["near and random"]).high < 0.2
 assert mean_interval(stem["near and random"]).low > 0.75
 assert minus(stem["near and far"], stem["near and random"]).high < 0.15
 
 # %% [markdown]
 # **Guess 4.** The two networks that never learned anything are the most similar pair of all: 0.85 at
-# block 3, where two networks of *one recipe* have 0.56. The last row says why. A random network
+# block 3, where two networks of *one recipe* have 0.71. The last row says why. A random network
 # mixes and rectifies, but roughly keeps which images are alike in their pixels, up to the top
 # (0.88), and two that follow the pixels resemble each other. Learning leaves the pixels behind
 # (0.13), and each seed finds a way of its own.
@@ -712,11 +716,12 @@ assert minus(stem["near and far"], stem["near and random"]).high < 0.15
 # **Now hold orange against black.** The stems of near and far agree to 0.93. Is that a proof that
 # both have found the same general features? Black has 0.93 as well, and that is a network which has
 # found nothing. Every stem follows the pixels; the number says no more. At block 3 near and far have
-# 0.20 in common, and the floor is 0.18. In between they have 0.42 at block 2, but there far is even
-# closer to a random network. In no layer do near and far agree more than *both* agree with chance.
+# 0.20 in common, and near and random 0.18. In between they have 0.42 at block 2, and there far and
+# random have 0.46. In none of the four layers do these two networks agree more than *both* of them
+# agree with chance.
 #
-# **Only blue lies above its floor** from block 1 up: it is the recipe (task, images, budget) that
-# two seeds have in common.
+# **Only blue lies above its floor** from block 1 up: two seeds have the recipe in common, and it
+# shows.
 #
 # The sentence "CKA falls with depth, so the lower layers are general" could have been written from
 # the orange line alone. It would have been a reading of the pixels.
@@ -757,8 +762,8 @@ assert minus(moved[:, 3], moved[:, 0]).low > 0.03
 
 # %% [markdown]
 # Both rulers say that the stem moved least and block 3 most. Look at the size: the weights of block 3
-# went a fifth of their own length, and what block 3 *says* has changed so much that it is about as
-# unlike its own past as two seeds are unlike each other.
+# went a fifth of their own length, and yet what block 3 *says* is less like its own past (0.52) than
+# two networks from different seeds are like each other (0.71).
 #
 # Look at blocks 1 and 2, too: the same distance of the weights, but not the same change of what they
 # say. A layer's output changes with everything below it. CKA measures the sum, the distance measures

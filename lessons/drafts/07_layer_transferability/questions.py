@@ -20,7 +20,8 @@ def cases_q1(rng: np.random.Generator) -> list[tuple]:
         (_parameters(small), small, 1, False),
         (_parameters(deep), deep, cut, True),
         (_parameters(small), small, 0, True),
-        (_parameters(small), small, 3, bool(rng.integers(2))),
+        (_parameters(small), small, 3, True),
+        (_parameters(small), small, 3, False),
     ]
 
 
