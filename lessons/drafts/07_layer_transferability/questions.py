@@ -14,20 +14,25 @@ def cases_q1(rng: np.random.Generator) -> list[tuple]:
     """A small network; one of twelve blocks, whose names are each other's beginnings; the ends."""
     small = ["stem", "stages.0", "stages.1"]
     deep = ["embed", *(f"blocks.{i}" for i in range(12))]
-    cut = int(rng.integers(3, 6))  # in the deep network: copies blocks.1, not blocks.10
+    cut = int(rng.integers(3, 11))  # in the deep network: copies blocks.1, not blocks.10
     return [
-        (_parameters(small), small, 2, True),
-        (_parameters(small), small, 1, False),
-        (_parameters(deep), deep, cut, True),
-        (_parameters(small), small, 0, True),
-        (_parameters(small), small, 3, True),
-        (_parameters(small), small, 3, False),
+        (_parameters(rng, layers), layers, n, frozen)
+        for layers, n, frozen in (
+            (small, 2, True),
+            (small, 1, False),
+            (deep, cut, True),
+            (small, 0, True),
+            (small, 3, True),
+            (small, 3, False),
+        )
     ]
 
 
-def _parameters(layers: list[str]) -> list[str]:
+def _parameters(rng: np.random.Generator, layers: list[str]) -> list[str]:
+    """Names in any order: a plan must not count positions."""
     inside = [f"{layer}.{part}" for layer in layers for part in ("conv.weight", "norm.bias")]
-    return [*inside, "head.weight", "head.bias"]
+    names = [*inside, "head.weight", "head.bias"]
+    return [names[i] for i in rng.permutation(len(names))]
 
 
 def plan(parameters: list[str], layers: list[str], n: int, frozen: bool) -> dict[str, str]:

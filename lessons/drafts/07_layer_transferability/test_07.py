@@ -54,7 +54,6 @@ def test_price_is_what_pytorch_counts() -> None:
         with FlopCounterMode(display=False) as back:
             loss.backward()
         counted = {"forward": ahead.get_total_flops() // 2, "backward": back.get_total_flops() // 2}
-        # The counter leaves the head's weight product to a matrix product of the same size.
         assert question.expect((layers, n)) == counted
 
 
