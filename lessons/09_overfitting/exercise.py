@@ -310,15 +310,16 @@ right_5 = tl.check("09.q5", magnitude_masks)
 # %%
 if right_5:
     head = few_steps(0, 1)
-    top = np.abs(head[3]).max()
+    row = np.abs(head).max(axis=1).argmax()  # the digit with the largest weight
+    top = np.abs(head[row]).max()
     fig, axes = tl.plots.subplots(1, 4, figsize=(9, 2.6))
     for ax, sparsity in zip(axes, (0.0, 0.5, 0.8, 0.95), strict=True):
         kept = head * magnitude_masks([head], sparsity)[0]
         hits = np.mean((images[1300:] @ kept.T).argmax(axis=1) == digits[1300:])
-        ax.imshow(kept[3].reshape(8, 8), cmap="PuOr_r", vmin=-top, vmax=top)
+        ax.imshow(kept[row].reshape(8, 8), cmap="PuOr_r", vmin=-top, vmax=top)
         ax.set_title(f"sparsity {sparsity}\naccuracy {hits:.2f}", fontsize=10)
         ax.axis("off")
-    tl.plots.alt(fig, "The weights of digit 3 at four sparsities: ever fewer pixels stay coloured.")
+    tl.plots.alt(fig, "The weights of one digit at four sparsities: ever fewer pixels stay coloured.")
 
 # %% [markdown]
 # ## Question 6. Judgement (4 points)

@@ -69,7 +69,7 @@ BLUE, ORANGE, GREEN = tl.plots.palette[:3]
 
 # %%
 num_draws = {"tiny": 5, "full": 10}[run.profile]  # of the live comparison in section 5
-watched_steps = {"tiny": 240, "full": 1000}[run.profile]
+watched_steps = {"tiny": 200, "full": 1000}[run.profile]
 torch.set_num_threads(1)  # a network this small gains nothing from a second core
 
 
@@ -277,7 +277,7 @@ slope = (expected - last[1].gather(1, targets[:, None])[:, 0]).mean().item()
 h = 1e-4
 by_difference = (loss_at(1 + h, last[1], targets) - loss_at(1 - h, last[1], targets)) / (2 * h)
 assert abs(slope - by_difference) < 1e-6  # the derivation
-assert slope > 0 and best_t < 0.95
+assert slope > 0 and best_t < 1
 
 # %% [markdown]
 # On the training images more is always better; on the validation images the slope at $t = 1$ is
@@ -286,8 +286,8 @@ assert slope > 0 and best_t < 0.95
 # called the **temperature**; Guo et al. 2017 show how much of the calibration of modern networks
 # this single number mends.)
 #
-# You can see the same in a reliability diagram. Sort the answers by confidence: of those that
-# were given with 90 %, how many are right?
+# A reliability diagram draws it, as far as 300 images can tell. Sort the answers by confidence: of
+# those that were given with 90 %, how many are right?
 
 # %% jupyter={"source_hidden": true}
 fig, axes = tl.plots.subplots(1, 3, figsize=(11, 3.6), sharey=True)
@@ -300,7 +300,8 @@ for ax, (name, p) in zip(axes, stages.items(), strict=True):
     ax.set_title(f"{name}: error {error:.3f}", loc="left")
     ax.legend(loc="lower right", fontsize=8).set_visible(ax is axes[0])
 tl.plots.alt(fig, "Three reliability diagrams. At the lowest loss the points lie around the diagonal, "
-             "at the last step below it: too sure. With shrunk logits they are around it again.")
+             "at the last step most lie a little below it, with shrunk logits they are around it again; "
+             "the intervals are wide.")  # fmt: skip
 
 # %% [markdown]
 # Points below the diagonal are answers that were too sure; each bar says how little so few images
@@ -721,12 +722,12 @@ tl.plots.alt(ax, "Variance over the number of members falls like 1/k towards a f
 #
 # ### Now live: twenty short trainings
 #
-# For each draw one plain model and three augmented ones, from the same start, 40 steps each. We
+# For each draw one plain model and three augmented ones, from the same start, 30 steps each. We
 # need them for the ensemble, for the soup that comes next, and for a small live form of the table.
 
 # %%
 quick = tl.TrainConfig(
-    lr=3e-3, num_steps=40, warmup_steps=10, weight_decay=0.0, precision="fp32", progress=False
+    lr=3e-3, num_steps=30, warmup_steps=5, weight_decay=0.0, precision="fp32", progress=False
 )
 recipes = {"plain": (False, 0), "augmentation": (True, 0), "member 2": (True, 1), "member 3": (True, 2)}
 jobs = list(itertools.product(range(num_draws), recipes))
@@ -947,7 +948,7 @@ assert mean_interval(at_80).high < -0.1
 effect("pruning")
 
 # %% [markdown]
-# ## 4. Ten looks, one false alarm
+# ## 4. Ten looks at noise
 #
 # Ten arms are compared with one. A 95 % interval misses the truth once in twenty times. If *nothing*
 # helped, ten intervals would still give $10 \times 0.05 = 0.5$ false alarms per table: one in two
@@ -1001,7 +1002,7 @@ assert np.mean([holm(row).any() for row in p_idle]) < 0.06
 # %% [markdown]
 # ## 5. The experiment
 #
-# First the small live form: what the twenty short runs say. Same start, 40 steps per model.
+# First the small live form: what the twenty short runs say. Same start, 30 steps per model.
 
 # %%
 arms_live = {arm: [runs[seed, arm][1] for seed in range(num_draws)]
@@ -1024,7 +1025,7 @@ for arm in ("ensemble of 3, augmented", "soup of 3, augmented"):
     assert gain.high < 0
 
 # %% [markdown]
-# Five draws of 40 steps cannot tell augmentation from plain. But the averages already stand clear of
+# Five draws of 30 steps cannot tell augmentation from plain. But the averages already stand clear of
 # their members, the soup too: guess 2.
 #
 # Then the recorded form: 150 steps per model, eight draws, two tables. In the first, each remedy is
