@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_limits
 
 from tlcourse import transferability
 from tlcourse.evaluation import mean_interval
-from tlcourse.layers import LayerFeatures
+from tlcourse.layers import all_activations
 from tlcourse.locations import data_dir
 
 BLUE, ORANGE, GREEN = tl.plots.palette[:3]
@@ -630,9 +630,11 @@ tl.plots.alt(fig, words)
 # %% [markdown]
 # @@OUTCOME_TEXT@@
 
+
 # %%
 def gain(name, n, over=FRESH, part=outcome):
     return mean_interval(np.subtract(part[n][name], part[n][over]))
+
 
 # %% [markdown]
 # ## How well did the scores order them?
@@ -733,6 +735,7 @@ tl.plots.alt(fig, words)
 # %% [markdown]
 # @@TAU_TEXT@@
 
+
 # %%
 def tau_difference(n, a, b):
     """Bootstrap over sources of (tau of score a) - (tau of score b), on the same resamples."""
@@ -830,8 +833,10 @@ PARTS |= {"stage 2": "body.stages.1", "stage 3": "body.stages.2"}
 def by_layer(name, seed=0):
     """Neighbour score of the pooled output of each layer, on 700 plain digits."""
     backbone, targets = load_start(name, seed), plain_pool.targets.numpy()
-    readers = [LayerFeatures(backbone, layer) for layer in PARTS.values()]
-    return [neighbours(features_of(reader, plain_pool.inputs), targets) for reader in readers]
+    with torch.no_grad():
+        read = all_activations(backbone, list(PARTS.values()), plain_pool.inputs.to(run.device))
+    pooled = [part.mean(dim=(2, 3)).double().cpu().numpy() for part in read.values()]
+    return [neighbours(F, targets) for F in pooled]
 
 
 twins = np.array([by_layer(FRESH, seed) for seed in range(5)])  # five random networks
