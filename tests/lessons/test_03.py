@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from judging import assert_reference_is, first_hint
 
-from tlcourse.plain_data import compare
 from tlcourse.questions import Question, load_questions
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons" / "03_gradients_by_hand"
@@ -69,13 +69,7 @@ BY_TORCH = {
 @pytest.mark.parametrize("question_id", BY_TORCH)
 def test_reference_equals_autograd(question_id: str, seed: int | bytes) -> None:
     question: Question = QUESTIONS[question_id]
-    for case in question.draw_cases(seed):
-        expected, truth = question.expect(case), BY_TORCH[question_id](*case)
-        if not isinstance(truth, dict):
-            expected, truth = {"": expected}, {"": truth}
-        assert set(expected) == set(truth)
-        for name in truth:
-            np.testing.assert_allclose(expected[name], truth[name], rtol=1e-10, atol=1e-12)
+    assert_reference_is(BY_TORCH[question_id], question, seed, rtol=1e-10, atol=1e-12)
 
 
 def test_cases_reach_what_the_questions_are_about() -> None:
@@ -105,12 +99,3 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, word in HINTS[question_id].items():
         said = first_hint(question, question.wrong[name])
         assert word in said, f"{name}: {said}"
-
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")

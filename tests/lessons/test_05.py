@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from judging import assert_reference_is, first_hint
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tlcourse import locations
-from tlcourse.plain_data import compare
 from tlcourse.questions import Question, load_questions
 
 FOLDER = locations.lessons_dir() / "05_feature_extraction"
@@ -74,13 +74,7 @@ TRUTH = {
 @pytest.mark.parametrize("question_id", TRUTH)
 def test_reference_equals_truth(question_id: str, seed: int | bytes) -> None:
     question: Question = QUESTIONS[question_id]
-    for case in question.draw_cases(seed):
-        expected, truth = question.expect(case), TRUTH[question_id](*case)
-        if not isinstance(truth, dict):
-            expected, truth = {"": expected}, {"": truth}
-        assert set(expected) == set(truth)
-        for name in truth:
-            np.testing.assert_allclose(expected[name], truth[name], rtol=1e-8, atol=1e-9)
+    assert_reference_is(TRUTH[question_id], question, seed, rtol=1e-8, atol=1e-9)
 
 
 def test_cases_reach_what_the_questions_are_about() -> None:
@@ -147,15 +141,6 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, words in HINTS[question_id].items():
         said = first_hint(question, question.wrong[name])
         assert words in said, f"{name}: {said}"
-
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")
 
 
 # What the lesson derives.

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judging import first_hint
 from torch import nn
 
 import tlcourse as tl
-from tlcourse.plain_data import compare
-from tlcourse.questions import Question, load_questions
+from tlcourse.questions import load_questions
 from tlcourse.recording import lr_factor
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons" / "06_full_fine_tuning"
@@ -164,12 +164,3 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, word in HINTS[question_id].items():
         said = first_hint(question, question.wrong[name])
         assert word in said, f"{name}: {said}"
-
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")

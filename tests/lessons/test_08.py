@@ -11,11 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from judging import first_hint
 from torch import nn
 
 from tlcourse.losses import L2SP
-from tlcourse.plain_data import compare
-from tlcourse.questions import Question, load_questions
+from tlcourse.questions import load_questions
 from tlcourse.weight_space import interpolate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,15 +173,6 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, words in HINTS[question_id].items():
         said = first_hint(question, question.wrong[name])
         assert any(word in said for word in words.split("|")), f"{name}: {said}"
-
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")
 
 
 def benchmark() -> ModuleType:

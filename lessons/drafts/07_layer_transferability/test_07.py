@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judging import first_hint
 from scipy import stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,8 +18,7 @@ import tlcourse as tl
 from benchmarks import layer_transfer
 from tlcourse import transferability
 from tlcourse.locations import data_dir
-from tlcourse.plain_data import compare
-from tlcourse.questions import Question, load_questions
+from tlcourse.questions import load_questions
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons" / "07_layer_transferability"
 QUESTIONS = {question.id: question for question in load_questions(FOLDER / "questions.py")}
@@ -123,14 +123,6 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, word in HINTS[question_id].items():
         assert word in first_hint(question, question.wrong[name]), name
 
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")
 
 
 @pytest.mark.parametrize("arm", ["near", "far+", "self", "self+", "random", "base"])

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judging import first_hint
 from scipy.integrate import quad
 from scipy.stats import kendalltau, multivariate_normal, norm, ttest_1samp, weightedtau
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
 from tlcourse import transferability
-from tlcourse.plain_data import compare
-from tlcourse.questions import Question, load_questions
+from tlcourse.questions import load_questions
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons" / "10_choosing_a_source"
 QUESTIONS = {question.id: question for question in load_questions(FOLDER / "questions.py")}
@@ -182,11 +182,3 @@ def test_hints_name_the_mistake(question_id: str) -> None:
         said = first_hint(question, question.wrong[name])
         assert word in said, f"{name}: {said}"
 
-
-def first_hint(question: Question, answer) -> str:
-    """The hint for the first case on which the answer differs."""
-    for case in question.draw_cases(0):
-        expected, got = question.expect(case), question.run(answer, case)
-        if compare(got, expected, question.rtol, question.atol) is not None:
-            return question.hint(case, expected, got)
-    raise AssertionError("the wrong answer was accepted")
