@@ -127,7 +127,7 @@ def make_card(
         "architecture": f"GlyphNet, widths 32-32-64-128, {EMBEDDED[name].title()}Norm",
         "num_parameters": sum(p.numel() for p in model.backbone.parameters()),
         "trained_on": f"source {recipe.source!r} of tlcourse.scenes ({source.about}), "
-        f"{source.num_classes} classes; fonts of matplotlib, photograph china.jpg of scikit-learn",
+        f"{source.num_classes} classes; made from {source.material}",
         "command": f"tlcourse pretrain {name}{shortened}",
         "seed": recipe.seed,
         "num_steps": steps,

@@ -33,11 +33,13 @@ class Source:
         batch: ``batch(num, generator)`` gives images, shape (num, 3, 32, 32), in [-1, 1], and
             labels, shape (num,).
         about: what is drawn, and what the label says.
+        material: what the pictures are made of.
     """
 
     num_classes: int
     batch: Callable[[int, torch.Generator], Batch]
     about: str
+    material: str = "fonts of matplotlib, photograph china.jpg of scikit-learn"
 
 
 class SceneLoader:
@@ -128,12 +130,19 @@ def random_label_batch(num: int, generator: torch.Generator) -> Batch:
 SOURCES = {
     "glyphs": Source(len(GLYPHS), glyph_batch, "glyph scenes; which letter or symbol"),
     "fonts": Source(len(FONTS), font_batch, "glyph scenes; which font"),
-    "bare_glyphs": Source(len(GLYPHS), bare_glyph_batch, "glyphs on black; which one"),
+    "bare_glyphs": Source(
+        len(GLYPHS), bare_glyph_batch, "glyphs on black; which one", "fonts of matplotlib"
+    ),
     "inverted": Source(len(GLYPHS), inverted_batch, "glyph scenes as negatives; which glyph"),
     "quarter_turns": Source(4, quarter_turn_batch, "turned glyph scenes; by how many quarters"),
-    "fractals": Source(NUM_FRACTALS, fractal_batch, "fractals on black; which system"),
+    "fractals": Source(
+        NUM_FRACTALS, fractal_batch, "fractals on black; which system", "formulas alone"
+    ),
     "shapes": Source(
-        len(SHAPES) * len(TEXTURES), textured_shapes, "textured shapes; which shape and texture"
+        len(SHAPES) * len(TEXTURES),
+        textured_shapes,
+        "textured shapes; which shape and texture",
+        "formulas alone",
     ),
     "random_labels": Source(
         NUM_RANDOM_LABELS,
