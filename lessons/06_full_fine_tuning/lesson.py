@@ -679,8 +679,9 @@ print(f"live, lr 0.03: warm-up minus none {warmup_gain}")
 assert warmup_gain.mean > 0.1  # the interval that counts is the recorded one, below
 
 # %% [markdown]
-# A run at such a rate is a gamble: one draw gets away with it, the next does not. Five draws leave a
-# wide interval, and another five may come close to zero. So the claim rests on the recorded ten.
+# These five draws agree, but a run at such a rate is a gamble: one draw gets away with it, the next
+# does not, and another five may leave an interval that comes close to zero. So the claim rests on
+# the recorded ten.
 
 # %%
 gains = {}
