@@ -253,8 +253,8 @@ if right_3 and right_4:
 # You have test accuracies of three networks at every cut, on the same draws of labels: B*n*B+,
 # B*n*B and A*n*B, each an array of shape (draws, cuts). For each cut say
 #
-# - `"co-adaptation"` if B*n*B is worse than B*n*B+,
-# - `"specificity"` if A*n*B is worse than B*n*B,
+# - `"freezing"` if B*n*B is worse than B*n*B+: holding the same layers still costs something,
+# - `"specificity"` if A*n*B is worse than B*n*B: layers of the source are worth less than B's own,
 # - `"both"` if both hold, `"neither"` if none does.
 #
 # *Worse* means: the 95 % interval of the **paired** difference lies wholly on the side of a loss.
@@ -271,7 +271,7 @@ def causes(selfer_plus, selfer, copied):
         copied: accuracies of AnB, shape (draws, cuts).
 
     Returns:
-        list of texts, one for each cut: "co-adaptation", "specificity", "both", "neither".
+        list of texts, one for each cut: "freezing", "specificity", "both", "neither".
     """
     ### BEGIN SOLUTION
     found = []
@@ -281,7 +281,7 @@ def causes(selfer_plus, selfer, copied):
         if co_adapted and specific:
             found.append("both")
         elif co_adapted or specific:
-            found.append("co-adaptation" if co_adapted else "specificity")
+            found.append("freezing" if co_adapted else "specificity")
         else:
             found.append("neither")
     return found
@@ -304,7 +304,8 @@ if right_5:
 
 # %% [markdown]
 # Those are the recorded curves of the lesson, at the cuts 1 to 4. "Neither" means that no loss was
-# *shown* with so few draws, not that there is none.
+# *shown* with so few draws, not that there is none. And `"freezing"` is the name of a difference, not
+# of a reason: at cut 4 it stands although layers that stay together cannot be torn apart there.
 #
 # ## Question 6. Judgement (4 points)
 #

@@ -264,8 +264,8 @@ def hint_q4(case: tuple, expected: float, got: object) -> str:
 
 # --- 07.q5 name the cause ------------------------------------------------------------------
 
-# The two losses at a cut, as fractions: by co-adaptation, by specificity.
-LOSSES = {"neither": (0.0, 0.0), "co-adaptation": (0.2, 0.0), "specificity": (0.0, 0.2)}
+# The two losses at a cut, as fractions: by freezing, by specificity.
+LOSSES = {"neither": (0.0, 0.0), "freezing": (0.2, 0.0), "specificity": (0.0, 0.2)}
 LOSSES |= {"both": (0.2, 0.2), "gain": (-0.2, -0.2)}
 
 
@@ -301,7 +301,7 @@ def _low(values: np.ndarray) -> float:
 def _name(co_adapted: bool, specific: bool) -> str:
     if co_adapted and specific:
         return "both"
-    return "co-adaptation" if co_adapted else "specificity" if specific else "neither"
+    return "freezing" if co_adapted else "specificity" if specific else "neither"
 
 
 def _decide(lost, first=lambda p, s, c: (p, s), second=lambda p, s, c: (s, c)):
@@ -342,11 +342,11 @@ def _two_sided(better, worse):
 def hint_q5(case: tuple, expected: list[str], got: object) -> str:
     if not isinstance(got, list) or len(got) != len(expected):
         return f"return a list with one text for each of the {len(expected)} cuts."
-    if set(got) - {"co-adaptation", "specificity", "both", "neither"}:
+    if set(got) - {"freezing", "specificity", "both", "neither"}:
         return "use the four texts of the question."
     variants = {
         _against_plus: "specificity compares AnB with BnB, not with BnB+: both are frozen.",
-        _swapped: "BnB+ against BnB is co-adaptation; BnB against AnB is specificity.",
+        _swapped: "BnB+ against BnB is freezing; BnB against AnB is specificity.",
         _wrong_sign: "a loss is (better - worse) > 0. Yours finds gains.",
         _decide(_two_sided): "a gain is no loss: look at the lower end of (better - worse).",
         _decide(_lost_unpaired): "take the interval of the *difference*, draw by draw.",

@@ -101,11 +101,11 @@ def test_causes_agree_with_scipy_and_every_cause_occurs() -> None:
                 stats.ttest_rel(a[:, cut], b[:, cut]).confidence_interval(0.95).low > 0
                 for a, b in ((plus, selfer), (selfer, copied))
             ]
-            names = {(1, 1): "both", (1, 0): "co-adaptation", (0, 1): "specificity"}
+            names = {(1, 1): "both", (1, 0): "freezing", (0, 1): "specificity"}
             texts.append(names.get((int(lost[0]), int(lost[1])), "neither"))
         assert QUESTIONS["07.q5"].expect((plus, selfer, copied)) == texts
         seen |= set(texts)
-    assert seen == {"both", "co-adaptation", "specificity", "neither"}
+    assert seen == {"both", "freezing", "specificity", "neither"}
 
 
 HINTS = {
@@ -122,7 +122,6 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     question = QUESTIONS[question_id]
     for name, word in HINTS[question_id].items():
         assert word in first_hint(question, question.wrong[name]), name
-
 
 
 @pytest.mark.parametrize("arm", ["near", "far+", "self", "self+", "random", "base"])
