@@ -6,7 +6,8 @@
 a linear probe on each. ``harm``: plain digits. The start that learned random labels against random
 weights, with parts of it new, shrunk or rescaled. Learning rates are chosen on the validation
 split, for each start by itself, over two extra draws of labels; other draws, paired across the
-starts, are then measured on the test split.
+starts, are then measured on the test split. ``fixed_rate``: plain digits again, and one small
+rate for all.
 Writes ``data/results/choosing_a_source.json``; what is not asked for keeps what is recorded there.
 """
 
@@ -44,14 +45,16 @@ NEW_TOP, ONLY_TOP, SHRUNK, RESCALED = (
     )
 )  # fmt: skip
 REMEDIES = (NEW_TOP, ONLY_TOP, SHRUNK, RESCALED)
-# part -> (task, labels per class, draws, starts)
+# part -> (task, labels per class, draws, starts); the same rate for all in "fixed_rate"
 PARTS = {
     "outcomes": [("wild_digits", 5, 5, STARTS), ("wild_digits", 50, 5, (*STARTS, NEW_TOP))],
     "harm": [
         ("plain_digits", 1, 10, (FRESH, "random_labels", "glyphs", *REMEDIES)),
         ("plain_digits", 5, 5, (FRESH, "random_labels", NEW_TOP)),
     ],
+    "fixed_rate": [("plain_digits", 5, 10, (FRESH, "random_labels", *REMEDIES))],
 }
+FIXED_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,13 @@ def choose_rates(task: str, labels: int, starts: list[str], workers: int) -> dic
     return rates
 
 
-def measure(task: str, labels: int, draws: int, starts: list[str], workers: int) -> dict[str, Any]:
-    """Test accuracies of each start on each draw: fine-tuned at its own rate, and probed."""
-    rates = choose_rates(task, labels, starts, workers)
+def measure(
+    task: str, labels: int, draws: int, starts: list[str], workers: int, tune: bool
+) -> dict[str, Any]:
+    """Test accuracies of each start on each draw: fine-tuned at its rate, and probed."""
+    rates = dict.fromkeys(starts, FIXED_RATE)
+    if tune:
+        rates = choose_rates(task, labels, starts, workers)
     result: dict[str, Any] = {"lr": rates}
     for method in ("fine-tune", "probe"):
         runs = [
@@ -165,6 +172,7 @@ def merge(out: Path, part: str, task: str, labels: int, found: dict[str, Any]) -
         "command": "python benchmarks/choosing_a_source.py",
         "settings": {
             "num_steps": NUM_STEPS, "batch_size": BATCH_SIZE, "rates": RATES,
+            "fixed_rate": FIXED_RATE,
             "tuning_draws": TUNING_DRAWS,
             "tasks": {name: jobs[0][0] for name, jobs in PARTS.items()},
         },
@@ -189,7 +197,9 @@ def main() -> None:
         for task, labels, draws, starts in PARTS[part]:
             wanted = [s for s in starts if arguments.starts is None or s in arguments.starts]
             if wanted:
-                merge(out, part, task, labels, measure(task, labels, draws, wanted, workers))
+                tune = part != "fixed_rate"
+                found = measure(task, labels, draws, wanted, workers, tune)
+                merge(out, part, task, labels, found)
 
 
 if __name__ == "__main__":

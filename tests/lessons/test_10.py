@@ -181,4 +181,3 @@ def test_hints_name_the_mistake(question_id: str) -> None:
     for name, word in HINTS[question_id].items():
         said = first_hint(question, question.wrong[name])
         assert word in said, f"{name}: {said}"
-
