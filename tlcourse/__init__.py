@@ -22,6 +22,9 @@ _HOME = {
     "TrainConfig": "config",
     "load_task": "datasets",
     "load_backbone": "backbones",
+    "load_text_task": "text",
+    "load_text_backbone": "language_models",
+    "load_generator": "language_models",
     "Classifier": "backbones",
     "save_model": "backbones",
     "load_model": "backbones",
@@ -39,9 +42,10 @@ _HOME = {
     "quiz": "quizzes",
 }
 _MODULES = (
-    "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets", "evaluation",
-    "freezing", "layers", "losses", "parallel", "plots", "probing", "runtime", "scenes", "shift",
-    "sources", "train", "transferability", "weight_space", "widgets",
+    "adapters", "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets",
+    "evaluation", "freezing", "language_models", "layers", "lora", "losses", "parallel",
+    "peft_files", "plots", "probing", "prompts", "quantisation", "quantised_layers", "runtime",
+    "scenes", "shift", "sources", "text", "train", "transferability", "weight_space", "widgets",
 )  # fmt: skip
 
 

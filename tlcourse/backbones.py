@@ -34,6 +34,7 @@ EMBEDDED = {  # name -> normalisation layers; all are a GlyphNet, pre-trained by
     "shapes_seed1": "group",
     "random_labels": "group",
 }
+TEXT_MODELS = ("minilm", "docbert")  # see tlcourse.language_models
 HEAD_WEIGHT, HEAD_BIAS = "source_head.weight", "source_head.bias"  # beside the body's own keys
 TORCHVISION = {  # name -> (builder, weights, name of the last layer, feature size)
     "resnet18": ("resnet18", "ResNet18_Weights", "fc", 512),
@@ -159,7 +160,7 @@ class Backbone(nn.Module):
         body: the wrapped network; ``forward`` gives its features.
         name: as given to ``load_backbone``.
         feature_dim: length of the feature vector.
-        preprocess: picture -> input tensor.
+        preprocess: a ``Preprocess`` (picture -> input tensor); of text, a ``Tokeniser``.
         card: what the checkpoint's card says; empty for random weights.
         source_head: weight, shape (Z, feature_dim), and bias, shape (Z,), of the head that the
             backbone was pre-trained with, or None. No part of the module: it is never trained.
@@ -170,7 +171,7 @@ class Backbone(nn.Module):
         body: nn.Module,
         name: str,
         feature_dim: int,
-        preprocess: Preprocess,
+        preprocess: Any,
         features: Callable[[Any], Tensor] | None = None,
         card: dict[str, Any] | None = None,
         source_head: tuple[Tensor, Tensor] | None = None,
@@ -215,8 +216,8 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(backbone.feature_dim, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, size, size) -> (B, num_classes)
-        return self.head(self.dropout(self.backbone(images)))
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:  # -> (B, num_classes)
+        return self.head(self.dropout(self.backbone(*inputs, **named)))
 
 
 def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone:
@@ -224,8 +225,9 @@ def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone
 
     Args:
         name: "glyphnet" or another of ``EMBEDDED`` (from the course's own files), "resnet18",
-            "resnet50", "vit_b_16" (torchvision), or "hf:organisation/model@revision" for an
-            image model of the Hugging Face hub; the revision may be left out.
+            "resnet50", "vit_b_16" (torchvision), "minilm" or "docbert" (encoders of text), or
+            "hf:organisation/model@revision" for an image model of the Hugging Face hub; the
+            revision may be left out.
         pretrained: False gives random weights drawn from ``seed``.
         seed: of the random weights; not used when pretrained.
 
@@ -241,7 +243,11 @@ def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone
             return _hub_backbone(name, pretrained)
         if name in EMBEDDED:
             return _embedded_backbone(name, pretrained)
-    known = ", ".join([*EMBEDDED, *TORCHVISION, "hf:organisation/model"])
+    if name in TEXT_MODELS:
+        from tlcourse.language_models import load_text_backbone
+
+        return load_text_backbone(name, pretrained, seed)
+    known = ", ".join([*EMBEDDED, *TORCHVISION, *TEXT_MODELS, "hf:organisation/model"])
     raise ValueError(f"unknown backbone {name!r}; choose one of {known}")
 
 

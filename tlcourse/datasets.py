@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -169,10 +170,24 @@ def load_task(name: str, labels_per_class: int | None = 10, seed: int = 0) -> Ta
     )
 
 
-def draw_labels(pool: Split, labels_per_class: int, seed: int) -> Split:
+class Examples(Protocol):
+    """What labels can be drawn from: images or texts."""
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Any) -> Self: ...
+
+
+SomeExamples = TypeVar("SomeExamples", bound=Examples)
+
+
+def draw_labels(pool: SomeExamples, labels_per_class: int, seed: int) -> SomeExamples:
     """A random subset with the same number of examples of each class.
 
-    Budgets are nested: with one seed, the 5 labelled images of a class are among the 10.
+    Budgets are nested: with one seed, the 5 labelled examples of a class are among the 10.
 
     Raises:
         ValueError: if labels_per_class < 1 or above what the scarcest class has.

@@ -25,6 +25,7 @@ from tlcourse.backbones import (
     checkpoint_path,
 )
 from tlcourse.config import TrainConfig
+from tlcourse.pretrain_text import TEXT_RECIPES, pretrain_text
 from tlcourse.runtime import default_device
 from tlcourse.scenes import SOURCES, SceneLoader
 from tlcourse.train import History, fit
@@ -150,12 +151,13 @@ def make_card(
 def main(argv: list[str] | None = None) -> int:
     """Command line: ``tlcourse pretrain NAME [--steps N --out FOLDER]``."""
     parser = argparse.ArgumentParser(prog="tlcourse pretrain", description=__doc__)
-    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("name", choices=sorted({**RECIPES, **TEXT_RECIPES}))
     parser.add_argument("--steps", type=int, help="a shortened run; needs --out")
     parser.add_argument("--out", type=Path, help="folder to write to (default: data/checkpoints)")
     arguments = parser.parse_args(argv)
     try:
-        path = pretrain(arguments.name, arguments.steps, arguments.out)
+        run = pretrain_text if arguments.name in TEXT_RECIPES else pretrain
+        path = run(arguments.name, arguments.steps, arguments.out)
     except ValueError as error:
         print(f"tlcourse pretrain: {error}", file=sys.stderr)
         return 2

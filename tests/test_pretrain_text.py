@@ -1,0 +1,95 @@
+"""Masking, packing and a short run of ``tlcourse pretrain docbert`` and ``docgpt``."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from tlcourse import pretrain
+from tlcourse import pretrain_text as pt
+from tlcourse.evaluation import evaluate
+from tlcourse.language_modelling import MaskedBlocks, MaskedTokens, NextTokenBlocks, NextTokens
+from tlcourse.language_models import load_generator, load_tokeniser, small_bert
+
+
+def blocks(num=64, width=32):
+    tokenizer = load_tokeniser("docbert").tokenizer
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, len(tokenizer), (num, width), generator=generator)
+    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return ids, tokenizer
+
+
+def test_masking_has_the_shares_of_the_paper_and_spares_special_tokens():
+    ids, tokenizer = blocks(2_000)
+    loader = MaskedBlocks(ids, tokenizer, 2_000, seed=0)
+    inputs, targets = loader.hide(ids, torch.Generator().manual_seed(1))
+    shown, positions = inputs["input_ids"].flatten(), inputs["positions"]
+    assert torch.equal(ids.flatten()[positions], targets)
+    assert not torch.isin(targets, torch.tensor(tokenizer.all_special_ids)).any()
+    assert len(targets) / (2_000 * 30) == pytest.approx(0.15, abs=0.005)
+    masked = (shown[positions] == tokenizer.mask_token_id).float().mean().item()
+    same = (shown[positions] == targets).float().mean().item()
+    assert masked == pytest.approx(0.8, abs=0.01) and same == pytest.approx(0.1, abs=0.01)
+    untouched = torch.ones(ids.numel(), dtype=torch.bool)
+    untouched[positions] = False
+    assert torch.equal(shown[untouched], ids.flatten()[untouched])
+
+
+def test_validation_masks_stay_and_training_masks_change():
+    ids, tokenizer = blocks()
+    fixed = MaskedBlocks(ids, tokenizer, 32, seed=0, shuffle=False)
+    moving = MaskedBlocks(ids, tokenizer, 32, seed=0)
+    assert torch.equal(next(iter(fixed))[1], next(iter(fixed))[1])
+    first, second = next(iter(moving))[1], next(iter(moving))[1]
+    assert len(first) != len(second) or not torch.equal(first, second)
+
+
+def test_masked_logits_are_those_of_the_whole_model():
+    model = small_bert().eval()
+    ids, tokenizer = blocks(4)
+    inputs, _ = MaskedBlocks(ids, tokenizer, 4, seed=0).hide(ids, torch.Generator())
+    with torch.no_grad():
+        whole = model(input_ids=inputs["input_ids"]).logits.flatten(0, 1)
+        ours = MaskedTokens(model)(**inputs)
+    torch.testing.assert_close(ours, whole[inputs["positions"]], rtol=1e-4, atol=1e-4)
+
+
+def test_next_token_loss_is_that_of_transformers():
+    model = load_generator("docgpt", pretrained=False)
+    ids = torch.randint(1, 4_000, (4, 33), generator=torch.Generator().manual_seed(0))
+    result = evaluate(NextTokens(model), NextTokenBlocks(ids, 2, shuffle=False))
+    with torch.no_grad():
+        theirs = model(input_ids=ids, labels=ids).loss.item()
+    assert result.loss == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("docbert", 0), ("docgpt", 1)])
+def test_packing_loses_and_repeats_nothing(name, extra):
+    texts = [f"This is the text of number {i}, and it is not long." for i in range(40)]
+    packed = pt.blocks_of(name, texts, 32)
+    assert packed.shape[1] == 32 + extra
+    tokenizer = load_tokeniser(name).tokenizer
+    inner = packed[:, 1:-1] if name == "docbert" else packed[:, :-1]
+    if name == "docgpt":
+        assert torch.equal(packed[1:, 0], packed[:-1, -1]), "a block ends where the next begins"
+    words = tokenizer.decode(inner.flatten().tolist(), skip_special_tokens=True)
+    assert all(f"number {i}," in words.replace(" ,", ",") for i in range(30))
+
+
+@pytest.mark.parametrize("name", list(pt.TEXT_RECIPES))
+def test_short_run_writes_checkpoint_and_card(name, tmp_path):
+    path = pt.pretrain_text(name, num_steps=3, folder=tmp_path, packages=("joblib", "networkx"))
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert card["num_steps"] == 3 and card["command"].endswith("--steps 3 --out FOLDER")
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert math.log(card["test_perplexity"]) == pytest.approx(card["test_loss"], abs=0.01)
+
+
+def test_short_run_replaces_nothing_shipped(capsys):
+    assert pretrain.main(["docgpt", "--steps", "5"]) == 2
+    assert "needs --out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown checkpoint 'x'"):
+        pt.pretrain_text("x")

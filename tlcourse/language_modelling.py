@@ -1,0 +1,120 @@
+"""Language modelling through ``fit``: the tokens to be guessed, one row of logits for each.
+
+``tl.fit`` and ``tl.evaluate`` want logits, shape (B, K), and B targets. Here B counts tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASK_SHARE = 0.15  # of the tokens are to be guessed; of these 80 % hidden, 10 % replaced
+
+
+class MaskedTokens(nn.Module):
+    """A masked language model whose logits are those of the hidden tokens only.
+
+    Args:
+        model: a ``BertForMaskedLM``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """input_ids (B, T), positions (M,) in the flattened batch -> logits (M, vocabulary)."""
+        hidden = self.model.bert(input_ids=input_ids).last_hidden_state
+        return self.model.cls(hidden.flatten(0, 1)[positions])
+
+
+class NextTokens(nn.Module):
+    """A causal language model with one row of logits for each token of the batch.
+
+    Args:
+        model: gives ``.logits``, shape (B, T, vocabulary).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B * T, vocabulary)
+        return self.model(input_ids=input_ids).logits.flatten(0, 1)
+
+
+class MaskedBlocks:
+    """Batches for ``MaskedTokens``: tokens are hidden anew in every pass.
+
+    Devlin et al. 2019, section 3.1, arXiv:1810.04805: of 15 % of the tokens, 80 % become [MASK],
+    10 % a random token, 10 % stay; the model has to name all of them.
+
+    Args:
+        blocks: long tensor, shape (N, T).
+        tokenizer: gives the special ids, which are never hidden.
+        batch_size: blocks in a batch; a rest is left out when shuffling.
+        seed: of order and masks.
+        shuffle: False gives the same batches in every pass.
+    """
+
+    def __init__(
+        self, blocks: Tensor, tokenizer: Any, batch_size: int, seed: int, shuffle: bool = True
+    ) -> None:
+        self.blocks, self.batch_size, self.seed, self.shuffle = blocks, batch_size, seed, shuffle
+        self.mask_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
+        self.special = torch.tensor(tokenizer.all_special_ids)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.blocks) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        chance = self._generator if self.shuffle else torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.blocks), generator=chance)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield self.hide(self.blocks[order[start : start + self.batch_size]], chance)
+
+    def hide(self, ids: Tensor, chance: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """({"input_ids", "positions"}, the hidden tokens) of a batch of blocks, shape (B, T)."""
+        candidates = ~torch.isin(ids, self.special)
+        picked = (torch.rand(ids.shape, generator=chance) < MASK_SHARE) & candidates
+        positions = picked.flatten().nonzero().squeeze(1)
+        targets = ids.flatten()[positions]
+        how = torch.rand(len(positions), generator=chance)
+        other = torch.randint(self.vocab_size, (len(positions),), generator=chance)
+        shown = torch.where(how < 0.8, self.mask_id, torch.where(how < 0.9, other, targets))
+        hidden = ids.flatten().clone()
+        hidden[positions] = shown
+        return {"input_ids": hidden.view_as(ids), "positions": positions}, targets
+
+
+class NextTokenBlocks:
+    """Batches for ``NextTokens``: each token is the target of the one before it.
+
+    Args:
+        blocks: long tensor, shape (N, T + 1).
+        batch_size: blocks in a batch; a rest is left out when shuffling.
+        seed: of the order.
+        shuffle: False keeps the order.
+    """
+
+    def __init__(
+        self, blocks: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        self.blocks, self.batch_size, self.shuffle = blocks, batch_size, shuffle
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.blocks) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        num = len(self.blocks)
+        order = (
+            torch.randperm(num, generator=self._generator) if self.shuffle else torch.arange(num)
+        )
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            block = self.blocks[order[start : start + self.batch_size]]
+            yield block[:, :-1], block[:, 1:].flatten()
