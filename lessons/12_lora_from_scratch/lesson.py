@@ -340,6 +340,9 @@ def watch(model, names):
     return seen
 
 
+# %% [markdown]
+# The first backward pass of a fresh model gives all that is needed.
+
 # %%
 seen = watch(fresh(), ("query", "value"))
 print(len(seen), "layers; tokens in the batch, padding included:", len(next(iter(seen.values()))[0]))
@@ -381,6 +384,9 @@ for ax in (left, right):
     ax.legend(title="scale s")
 words = "Left: the share falls like 1/r for alpha/r, stays for alpha/sqrt(r), along the dashed "
 tl.plots.alt(fig, words + "formula. Right: with AdamW alpha/r falls slowly, alpha/sqrt(r) rises slowly.")
+
+# %% [markdown]
+# How steep are the lines on the right, and how good is the formula on the left?
 
 # %%
 slopes = {name: np.polyfit(np.log(r), np.log(s * sizes[:, 1]), 1)[0] for name, s in scales.items()}
@@ -477,6 +483,9 @@ def kept_by_autograd(model):
     return sum(size for place, size in kept.items() if place not in own), loss
 
 
+# %% [markdown]
+# One step of AdamW, and then every tensor is asked for its size.
+
 # %%
 def memory_of_a_step(model):
     """Bytes by kind, counted from the tensors after one step of AdamW."""
@@ -512,6 +521,9 @@ account = {name: memory_of_a_step(build().eval()) for name, build in models.item
 print("MB".ljust(18) + "".join(f"{kind:>13}" for kind in account["head only"]))
 for name, bytes_of in account.items():
     print(f"{name:18}" + "".join(f"{size / 1e6:13.2f}" for size in bytes_of.values()))
+
+# %% [markdown]
+# Do the measured bytes agree with the account on paper, number for number?
 
 # %%
 P, T_AB, T_head = count_parameters(fresh()).total, 12 * 4 * (384 + 384), 384 * 4 + 4
@@ -894,6 +906,9 @@ half = {name: int(np.searchsorted(np.cumsum(v**2) / np.sum(v**2), 0.5)) + 1 for 
 print("directions that hold half of the squares:", half)
 assert 10 * half["value"] < half["random matrix"] and 5 * half["query"] < half["random matrix"]
 
+
+# %% [markdown]
+# That was a mean over matrices. Each kind of matrix by itself, with intervals over the draws:
 
 # %%
 def shares(part, rank):
