@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 
 from tlcourse.arms import probe, train_all
 from tlcourse.backbones import Backbone, GlyphNet, load_backbone
-from tlcourse.comparing import Comparison
+from tlcourse.comparing import Comparison, versions
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import load_task
 from tlcourse.locations import data_dir
@@ -167,7 +166,6 @@ def merge(out: Path, part: str, task: str, labels: int, found: dict[str, Any]) -
     entry = content.setdefault(part, {}).setdefault(str(labels), {})
     for key, values in found.items():
         entry.setdefault(key, {}).update(values)
-    packages = ("tlcourse", "torch", "numpy", "scikit-learn")
     content |= {
         "command": "python benchmarks/choosing_a_source.py",
         "settings": {
@@ -176,7 +174,7 @@ def merge(out: Path, part: str, task: str, labels: int, found: dict[str, Any]) -
             "tuning_draws": TUNING_DRAWS,
             "tasks": {name: jobs[0][0] for name, jobs in PARTS.items()},
         },
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": versions(),
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from tlcourse.backbones import Classifier, load_backbone
-from tlcourse.comparing import Comparison
+from tlcourse.comparing import Comparison, versions
 from tlcourse.config import TrainConfig, no_penalty
 from tlcourse.datasets import BatchLoader, Split, Task, load_task
 from tlcourse.locations import data_dir
@@ -235,7 +234,7 @@ def main() -> None:
         "command": "python benchmarks/feature_distortion.py",
         "labels_per_class": LABELS_PER_CLASS, "num_steps": NUM_STEPS, "batch_size": BATCH_SIZE,
         "draws": arguments.draws, "lrs": {}, "tasks": {},
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")},
+        "versions": versions(),
     }  # fmt: skip
     for task_name in TASK_ARMS:
         lrs = recorded["lrs"][task_name] = tuned_lrs(task_name, workers)

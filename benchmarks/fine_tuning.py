@@ -15,7 +15,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 
 from tlcourse.arms import probe
 from tlcourse.backbones import Classifier, load_backbone
-from tlcourse.comparing import Comparison
+from tlcourse.comparing import Comparison, versions
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import Loaders, Task, load_task
 from tlcourse.evaluation import evaluate
@@ -210,7 +209,7 @@ def write(parts: dict[str, Any], out: Path) -> None:
     recorded |= parts | {
         "command": "python benchmarks/fine_tuning.py",
         "task": f"wild_digits, {LABELS} labels per class",
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")},
+        "versions": versions(),
     }
     lines = [f" {json.dumps(key)}: {_lines(value)}" for key, value in recorded.items()]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import tlcourse as tl
-from tlcourse.comparing import _versions
+from tlcourse.comparing import versions
 from tlcourse.layers import LayerFeatures
 from tlcourse.locations import data_dir
 from tlcourse.parallel import default_workers
@@ -173,7 +173,7 @@ def measure_draw(rates: dict[str, dict[str, float]], draw: int) -> dict:
 def save(out: Path, rates: dict, draws: dict[str, dict]) -> None:
     content = {
         "command": "python benchmarks/layer_transfer.py",
-        "versions": _versions(),
+        "versions": versions(),
         "settings": {
             "labels_per_class": LABELS, "num_steps": STEPS, "warmup_steps": WARMUP,
             "batch_size": BATCH, "donor_steps": DONOR_STEPS, "donor_lr": DONOR_LR, "rates": rates,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import tlcourse as tl
-from tlcourse.comparing import Comparison, _versions
+from tlcourse.comparing import Comparison, versions
 from tlcourse.inference import predictions
 from tlcourse.locations import data_dir
 from tlcourse.lora import LoRAConfig, add_lora
@@ -150,7 +149,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "tuning": tuning,
         "updates": [results[run]["update"] for run in runs if run.arm == FULL],
         "command": "python benchmarks/low_rank.py",
-        "versions": _versions() | {"python": platform.python_version()},
+        "versions": versions(),
         "settings": {
             "model": "minilm", "labels_per_class": LABELS, "steps": STEPS,
             "batch_size": BATCH_SIZE, "draws": DRAWS, "head_lr": HEAD_LR, "alpha": ALPHA,

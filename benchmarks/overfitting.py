@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tlcourse.backbones import Classifier, load_backbone
-from tlcourse.comparing import Comparison
+from tlcourse.comparing import Comparison, versions
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import BatchLoader, Split, Task, augment_images, load_task
 from tlcourse.evaluation import calibration_error, predict, score
@@ -49,7 +47,6 @@ STRENGTHS = {  # what is chosen on validation
 }
 SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 CURVE_STEPS, CURVE_DRAWS = 400, 5  # one run at a constant rate, to watch it overfit
-PACKAGES = ("tlcourse", "torch", "torchvision", "numpy", "scikit-learn")
 CONFIG = TrainConfig(
     lr=LEARNING_RATE, num_steps=STEPS, warmup_steps=10, weight_decay=0.0, progress=False,
     precision="fp32",
@@ -290,8 +287,7 @@ def main() -> None:
         "tuning": tuned["curves"],
         "long_curves": curves,
         "wall_seconds": round(time.perf_counter() - began),
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import tlcourse as tl
-from tlcourse.comparing import Comparison, _versions
+from tlcourse.comparing import Comparison, versions
 from tlcourse.locations import data_dir
 from tlcourse.lora import LoRAConfig, add_lora
 from tlcourse.parallel import default_workers, side_by_side
@@ -170,7 +169,7 @@ def main() -> None:
     print(Comparison(frozen).table(FULL))
     content = {
         "command": "python benchmarks/quantised_lora.py",
-        "versions": _versions() | {"python": platform.python_version()},
+        "versions": versions(),
         "settings": {
             "labels_per_class": LABELS, "draws": DRAWS, "steps": STEPS, "batch_size": BATCH_SIZE,
             "rank": LORA.rank, "alpha": LORA.alpha, "target_modules": LORA.target_modules,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import tlcourse as tl
-from tlcourse.comparing import Comparison, _versions
+from tlcourse.comparing import Comparison, versions
 from tlcourse.language_models import load_text_backbone
 from tlcourse.locations import data_dir
 from tlcourse.parallel import default_workers, side_by_side
@@ -126,7 +125,7 @@ def record(out: Path, labels: int | None, arm: str, lr: float | None, scores: li
         entry["lr"][arm] = lr
     content |= {
         "command": "python benchmarks/text_transfer.py",
-        "versions": _versions() | {"python": platform.python_version()},
+        "versions": versions(),
         "settings": {
             "steps": {str(k or "all"): v for k, v in STEPS.items()}, "batch_size": BATCH_SIZE,
             "draws": DRAWS, "precision": "bf16",

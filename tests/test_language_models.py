@@ -154,3 +154,14 @@ def test_weights_that_are_not_there_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(lm, "checkpoint_path", lambda name: tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="`tlcourse pretrain docgpt` makes it"):
         lm.load_generator("docgpt")
+
+
+def test_a_generator_of_the_hub_comes_from_its_files(tmp_path):
+    own = lm.small_gpt()
+    own.save_pretrained(tmp_path / "model")
+    loaded = lm.load_generator(f"hf:{tmp_path / 'model'}")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, own.eval()(input_ids=ids).logits)
+    with pytest.raises(ConnectionError, match="could not be loaded"):
+        lm.load_generator(f"hf:{tmp_path / 'nothing_here'}")

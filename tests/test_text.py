@@ -124,6 +124,15 @@ def test_a_file_keeps_its_split(file):
     assert split_of(file) == expected.get(file, split_of(file)) in ("train", "val", "test")
 
 
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_only_the_training_loader_shuffles(task, batch_size):
+    loaders = task.loaders(lambda texts: [[1] * len(text.split()) for text in texts], batch_size)
+    for name in ("train", "val", "test"):
+        loader = getattr(loaders, name)
+        first, second = (torch.cat([targets for _, targets in loader]) for _ in range(2))
+        assert torch.equal(first, second) == (name != "train")
+
+
 def lengths_of(loader):
     return [batch["attention_mask"].sum(dim=1).tolist() for batch, _ in loader]
 

@@ -15,12 +15,11 @@ from tlcourse.wrapping import (
     WrapConfig,
     WrappedLayer,
     find_saved,
-    find_targets,
     freeze_except,
     matching,
-    put,
     stores_transposed,
     train_in_full,
+    wrap,
 )
 
 
@@ -110,11 +109,7 @@ def add_bottlenecks(model: nn.Module, config: BottleneckConfig) -> nn.Module:
     Raises:
         ValueError, TypeError: as ``tlcourse.lora.add_lora``; the model is then unchanged.
     """
-    targets = find_targets(model, config)
-    mode = model.training
-    freeze_except(model, find_saved(model, config.modules_to_save))
-    for full in targets:
-        put(model, full, BottleneckLinear(model.get_submodule(full), config).train(mode))
+    wrap(model, config, lambda _, layer: BottleneckLinear(layer, config))
     if config.train_norms:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
@@ -211,14 +206,8 @@ def add_ia3(model: nn.Module, config: IA3Config) -> nn.Module:
     Raises:
         ValueError, TypeError: as ``tlcourse.lora.add_lora``; the model is then unchanged.
     """
-    targets = find_targets(model, config)
     feedforward = set(matching(model, config.feedforward_modules))
-    mode = model.training
-    freeze_except(model, find_saved(model, config.modules_to_save))
-    for full in targets:
-        layer = IA3Linear(model.get_submodule(full), config, full in feedforward)
-        put(model, full, layer.train(mode))
-    return model
+    return wrap(model, config, lambda full, layer: IA3Linear(layer, config, full in feedforward))
 
 
 def merge_ia3(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from tlcourse.comparing import Comparison
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import Task
 from tlcourse.evaluation import evaluate
+from tlcourse.inference import device_of
 from tlcourse.locations import data_dir
 from tlcourse.probing import Features, extract_features, linear_probe
 from tlcourse.train import fit
@@ -73,7 +74,7 @@ def train_all(
         augment: whether the training images are augmented.
     """
     start = time.perf_counter()
-    model = Classifier(backbone, task.num_classes)
+    model = Classifier(backbone, task.num_classes).to(device_of(backbone))
     if probe_first:
         train, val, _ = _features(backbone, task)
         linear_probe(train, val, val).copy_to(model.head)

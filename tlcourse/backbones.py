@@ -225,7 +225,8 @@ def load_backbone(name: str, pretrained: bool = True, seed: int = 0) -> Backbone
 
     Args:
         name: "glyphnet" or another of ``EMBEDDED`` (from the course's own files), "resnet18",
-            "resnet50", "vit_b_16" (torchvision), "minilm" or "docbert" (encoders of text), or
+            "resnet50", "vit_b_16" (torchvision), "minilm" or "docbert" (encoders of text,
+            see ``tlcourse.language_models``), or
             "hf:organisation/model@revision" for an image model of the Hugging Face hub; the
             revision may be left out.
         pretrained: False gives random weights drawn from ``seed``.

@@ -142,7 +142,7 @@ def compare(
             scores[name].append(score)
             seconds[name].append(taken)
             bar.update()
-    return Comparison(scores, seconds, _command(), _versions())
+    return Comparison(scores, seconds, _command(), versions())
 
 
 def _timed_score(
@@ -173,11 +173,12 @@ def _command() -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a measurement rests on."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -96,21 +96,25 @@ class BatchLoader:
             yield inputs, self.targets[rows]
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """The three loaders of a task; only ``train`` shuffles and augments."""
-
-    train: BatchLoader
-    val: BatchLoader
-    test: BatchLoader
+AnyLoader = TypeVar("AnyLoader")
+AnySplit = TypeVar("AnySplit")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task with its splits.
+class Loaders(Generic[AnyLoader]):
+    """The three loaders of a task; only ``train`` shuffles (and augments)."""
+
+    train: AnyLoader
+    val: AnyLoader
+    test: AnyLoader
+
+
+@dataclass(frozen=True)
+class SplitTask(Generic[AnySplit]):
+    """A task with its splits, of images or of text.
 
     Attributes:
-        name: as given to ``load_task``.
+        name: as given to ``load_task`` or ``load_text_task``.
         train: the labelled examples that may be learned from.
         val: for choosing; never trained on.
         test: read once, at the end.
@@ -118,16 +122,22 @@ class Task:
     """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
+    train: AnySplit
+    val: AnySplit
+    test: AnySplit
     classes: tuple[str, ...]
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def loaders(self, batch_size: int = 32, augment: bool = True, seed: int = 0) -> Loaders:
+
+class Task(SplitTask[Split]):
+    """A task of images."""
+
+    def loaders(
+        self, batch_size: int = 32, augment: bool = True, seed: int = 0
+    ) -> Loaders[BatchLoader]:
         """Loaders over the splits.
 
         Args:

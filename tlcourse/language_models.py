@@ -124,7 +124,8 @@ def load_text_backbone(
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2, 22.7 million parameters) or "docbert" (the course's
-            own, see its card).
+            own small BERT; its weights are not shipped yet, `tlcourse pretrain docbert` makes
+            them).
         pretrained: False gives random weights of the same architecture, drawn from ``seed``.
         pooling: how the tokens become one vector.
 
@@ -165,7 +166,8 @@ def load_generator(name: str = "docgpt", pretrained: bool = True, seed: int = 0)
     """A decoder with its head, in evaluation mode.
 
     Args:
-        name: "docgpt" (the course's own), or "hf:organisation/model@revision" for a causal
+        name: "docgpt" (the course's own; its weights are not shipped yet, `tlcourse pretrain
+            docgpt` makes them), or "hf:organisation/model@revision" for a causal
             language model of the Hugging Face hub.
         pretrained: False gives random weights of the same architecture, drawn from ``seed``.
 

@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlcourse.merging import MergeableLayer, fold
-from tlcourse.wrapping import (
-    WrapConfig,
-    find_saved,
-    find_targets,
-    freeze_except,
-    put,
-    stores_transposed,
-)
+from tlcourse.wrapping import WrapConfig, stores_transposed, wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +116,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             weight with another module. The model is then unchanged.
         TypeError: if a matching module is not linear; the model is then unchanged.
     """
-    targets = find_targets(model, config)
-    mode = model.training
-    freeze_except(model, find_saved(model, config.modules_to_save))
-    for full in targets:
-        put(model, full, LoRALinear(model.get_submodule(full), config).train(mode))
-    return model
+    return wrap(model, config, lambda _, layer: LoRALinear(layer, config))
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

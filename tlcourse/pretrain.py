@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from tlcourse.backbones import (
     Preprocess,
     checkpoint_path,
 )
+from tlcourse.cards import check_request, machine_facts, run_facts
 from tlcourse.config import TrainConfig
 from tlcourse.pretrain_text import TEXT_RECIPES, pretrain_text
 from tlcourse.runtime import default_device
@@ -80,10 +79,7 @@ def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None
     Raises:
         ValueError: for an unknown name, or a shortened run without a folder.
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown checkpoint {name!r}; choose one of {', '.join(RECIPES)}")
-    if num_steps is not None and folder is None:
-        raise ValueError("a shortened run needs --out FOLDER, so that it replaces nothing shipped")
+    check_request(name, RECIPES, num_steps, folder)
     recipe = RECIPES[name]
     steps = num_steps or recipe.num_steps
     torch.manual_seed(recipe.seed)
@@ -119,32 +115,23 @@ def make_card(
     """The card of a checkpoint: data, command, seed, steps, machine, metrics, licence, sha256."""
     from tlcourse.evaluation import evaluate
 
-    steps = len(history.step)
     source = SOURCES[recipe.source]
     result = evaluate(model, SceneLoader(recipe.source, 20, 250, TEST_SEED, fixed=True))
-    shortened = f" --steps {steps} --out FOLDER" if steps != recipe.num_steps else ""
     return {
         "name": name,
         "architecture": f"GlyphNet, widths 32-32-64-128, {EMBEDDED[name].title()}Norm",
         "num_parameters": sum(p.numel() for p in model.backbone.parameters()),
         "trained_on": f"source {recipe.source!r} of tlcourse.scenes ({source.about}), "
         f"{source.num_classes} classes; made from {source.material}",
-        "command": f"tlcourse pretrain {name}{shortened}",
-        "seed": recipe.seed,
-        "num_steps": steps,
-        "best_step": history.best_step,
-        "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
+        **run_facts(name, recipe, history),
         "source_test_accuracy": round(result.accuracy, 4),
         "source_test_interval_95": [round(result.interval.low, 4), round(result.interval.high, 4)],
         "val_accuracy_by_step": dict(
             zip(history.eval_step, (round(a, 4) for a in history.val_accuracy), strict=True)
         ),
-        "machine": f"{platform.machine()} {default_device().type}, "
-        f"{torch.get_num_threads()} thread(s), bf16, torch {torch.__version__.partition('+')[0]}",
-        "minutes": round(history.seconds / 60, 1),
-        "licence": "CC0-1.0 (the weights; fonts and photographs keep their own licences)",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        **machine_facts(
+            history, path, "CC0-1.0 (the weights; fonts and photographs keep their own licences)"
+        ),
     }
 
 

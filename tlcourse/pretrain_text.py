@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcourse import backbones
+from tlcourse.cards import check_request, machine_facts, run_facts
 from tlcourse.config import TrainConfig
 from tlcourse.docstrings import PACKAGES, package_prose
 from tlcourse.evaluation import evaluate
@@ -57,6 +57,10 @@ TEXT_RECIPES = {
     "docgpt": TextRecipe(vocab_size=4_096, block_size=256, batch_size=16, num_steps=2_500),
 }
 EVAL_BLOCKS = 40
+LICENCE = (
+    "CC0-1.0 (the weights; the docstrings keep the licences of their packages: BSD-3-Clause, "
+    "Apache-2.0, and matplotlib's)"
+)
 
 
 def split_prose(prose: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
@@ -138,10 +142,7 @@ def pretrain_text(
     Raises:
         ValueError: for an unknown name, or a shortened run without a folder.
     """
-    if name not in TEXT_RECIPES:
-        raise ValueError(f"unknown checkpoint {name!r}; choose one of {', '.join(TEXT_RECIPES)}")
-    if num_steps is not None and folder is None:
-        raise ValueError("a shortened run needs --out FOLDER, so that it replaces nothing shipped")
+    check_request(name, TEXT_RECIPES, num_steps, folder)
     recipe = TEXT_RECIPES[name]
     steps = num_steps or recipe.num_steps
     parts = split_prose(package_prose(packages))
@@ -202,8 +203,6 @@ def _card(
 ) -> dict[str, Any]:
     """Data, command, seed, steps, machine, metrics, licence, sha256."""
     result = evaluate(model, test)
-    steps = len(history.step)
-    shortened = f" --steps {steps} --out FOLDER" if steps != recipe.num_steps else ""
     versions = ", ".join(f"{p} {metadata.version(_DIST.get(p, p))}" for p in packages)
     return {
         "name": name,
@@ -212,13 +211,8 @@ def _card(
         else "BERT, 4 layers, width 192, 6 heads, 128 positions, tied embeddings",
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "trained_on": f"prose in the docstrings of {versions}; not the standard library;",
-        "command": f"tlcourse pretrain {name}{shortened}",
-        "seed": recipe.seed,
-        "num_steps": steps,
-        "best_step": history.best_step,
-        "batch_size": recipe.batch_size,
+        **run_facts(name, recipe, history),
         "block_size": recipe.block_size,
-        "lr": recipe.lr,
         "test_loss": round(result.loss, 4),
         "test_perplexity": round(math.exp(result.loss), 2),
         "test_accuracy": round(result.accuracy, 4),
@@ -229,12 +223,7 @@ def _card(
         "val_loss_by_step": dict(
             zip(history.eval_step, (round(loss, 3) for loss in history.val_loss), strict=True)
         ),
-        "machine": f"{platform.machine()} {default_device().type}, "
-        f"{torch.get_num_threads()} thread(s), bf16, torch {torch.__version__.partition('+')[0]}",
-        "minutes": round(history.seconds / 60, 1),
-        "licence": "CC0-1.0 (the weights; the docstrings keep the licences of their packages: "
-        "BSD-3-Clause, Apache-2.0, and matplotlib's)",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        **machine_facts(history, path, LICENCE),
     }
 
 

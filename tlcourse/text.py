@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlcourse.datasets import draw_labels
+from tlcourse.datasets import Loaders, SplitTask, draw_labels
 from tlcourse.docstrings import TOPICS, standard_library
 
 Tokenise = Callable[[Sequence[str]], list[list[int]]]  # texts -> token ids of each
@@ -121,38 +121,12 @@ def pad(tokens: Sequence[Sequence[int]], pad_id: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@dataclass(frozen=True)
-class TextLoaders:
-    """The three loaders of a text task; only ``train`` shuffles."""
+class TextTask(SplitTask[TextSplit]):
+    """A task of texts."""
 
-    train: TokenLoader
-    val: TokenLoader
-    test: TokenLoader
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """A text task with its splits.
-
-    Attributes:
-        name: as given to ``load_text_task``.
-        train: the labelled texts that may be learned from.
-        val: for choosing; never trained on.
-        test: read once, at the end.
-        classes: a name for each label.
-    """
-
-    name: str
-    train: TextSplit
-    val: TextSplit
-    test: TextSplit
-    classes: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    def loaders(self, tokenise: Tokenise, batch_size: int = 16, seed: int = 0) -> TextLoaders:
+    def loaders(
+        self, tokenise: Tokenise, batch_size: int = 16, seed: int = 0
+    ) -> Loaders[TokenLoader]:
         """Loaders over the splits.
 
         Args:
@@ -162,18 +136,13 @@ class TextTask:
             seed: of the training order.
         """
         pad_id = getattr(tokenise, "pad_id", 0)
-        train, val, test = (
-            TokenLoader(
-                tokenise(part.texts),
-                part.targets,
-                size,
-                pad_id,
-                shuffle=size == batch_size,
-                seed=seed,
-            )
-            for part, size in ((self.train, batch_size), (self.val, 64), (self.test, 64))
-        )
-        return TextLoaders(train, val, test)
+
+        def loader(part: TextSplit, size: int, shuffle: bool = False) -> TokenLoader:
+            tokens = tokenise(part.texts)
+            return TokenLoader(tokens, part.targets, size, pad_id, shuffle=shuffle, seed=seed)
+
+        train = loader(self.train, batch_size, shuffle=True)
+        return Loaders(train, loader(self.val, 64), loader(self.test, 64))
 
 
 def load_text_task(name: str, labels_per_class: int | None = 16, seed: int = 0) -> TextTask:

@@ -199,6 +199,29 @@ def train_in_full(module: nn.Module) -> None:
         parameter.requires_grad_(parameter.is_floating_point())
 
 
+def wrap(
+    model: nn.Module,
+    config: WrapConfig,
+    make: Callable[[str, nn.Module], WrappedLayer],
+) -> nn.Module:
+    """Freeze a model but for ``modules_to_save``, and wrap its targets, in place.
+
+    Args:
+        model: any module.
+        config: names the targets.
+        make: ``make(full name, layer)`` gives the layer to put in its place.
+
+    Raises:
+        ValueError, TypeError: as ``find_targets``; the model is then unchanged.
+    """
+    targets = find_targets(model, config)
+    mode = model.training
+    freeze_except(model, find_saved(model, config.modules_to_save))
+    for full in targets:
+        put(model, full, make(full, model.get_submodule(full)).train(mode))
+    return model
+
+
 def put(model: nn.Module, full: str, layer: nn.Module) -> None:
     """Set the module of that full name."""
     parent, _, child = full.rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,13 @@ def first_hint(question: Question, answer: Callable[..., Any]) -> str:
         if compare(got, expected, question.rtol, question.atol) is not None:
             return question.hint(case, expected, got)
     raise AssertionError("the wrong answer was accepted")
+
+
+def assert_hints_name(question: Question, words: Mapping[str, str]) -> None:
+    """The hint for each of these wrong answers holds its word, or one of those between bars."""
+    for name, alternatives in words.items():
+        said = first_hint(question, question.wrong[name])
+        assert any(word in said for word in alternatives.split("|")), f"{name}: {said}"
 
 
 def assert_reference_is(

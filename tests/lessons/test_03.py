@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import assert_reference_is, first_hint
+from judging import assert_hints_name, assert_reference_is
 
 from tlcourse.questions import Question, load_questions
 
@@ -95,7 +95,4 @@ HINTS = {
 
 @pytest.mark.parametrize("question_id", HINTS)
 def test_hints_name_the_mistake(question_id: str) -> None:
-    question = QUESTIONS[question_id]
-    for name, word in HINTS[question_id].items():
-        said = first_hint(question, question.wrong[name])
-        assert word in said, f"{name}: {said}"
+    assert_hints_name(QUESTIONS[question_id], HINTS[question_id])

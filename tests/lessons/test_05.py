@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from judging import assert_reference_is, first_hint
+from judging import assert_hints_name, assert_reference_is
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -137,10 +137,7 @@ HINTS = {
 
 @pytest.mark.parametrize("question_id", HINTS)
 def test_hints_name_the_mistake(question_id: str) -> None:
-    question = QUESTIONS[question_id]
-    for name, words in HINTS[question_id].items():
-        said = first_hint(question, question.wrong[name])
-        assert words in said, f"{name}: {said}"
+    assert_hints_name(QUESTIONS[question_id], HINTS[question_id])
 
 
 # What the lesson derives.

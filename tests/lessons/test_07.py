@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judging import first_hint
+from judging import assert_hints_name
 from scipy import stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -119,9 +119,7 @@ HINTS = {
 
 @pytest.mark.parametrize("question_id", HINTS)
 def test_hints_name_the_mistake(question_id: str) -> None:
-    question = QUESTIONS[question_id]
-    for name, word in HINTS[question_id].items():
-        assert word in first_hint(question, question.wrong[name]), name
+    assert_hints_name(QUESTIONS[question_id], HINTS[question_id])
 
 
 @pytest.mark.parametrize("arm", ["near", "far+", "self", "self+", "random", "base"])

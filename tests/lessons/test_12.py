@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import assert_reference_is, first_hint
+from judging import assert_hints_name, assert_reference_is
 from torch import nn
 
 from tlcourse.locations import data_dir
 from tlcourse.lora import LoRAConfig, LoRALinear, add_lora
 from tlcourse.peft_files import WEIGHTS_FILE, save_adapter
-from tlcourse.questions import Question, load_questions
+from tlcourse.questions import load_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "lessons" / "12_lora_from_scratch"
@@ -147,10 +147,7 @@ HINTS = {
 
 @pytest.mark.parametrize("question_id", HINTS)
 def test_hints_name_the_mistake(question_id: str) -> None:
-    question: Question = QUESTIONS[question_id]
-    for name, word in HINTS[question_id].items():
-        said = first_hint(question, question.wrong[name])
-        assert word in said, f"{name}: {said}"
+    assert_hints_name(QUESTIONS[question_id], HINTS[question_id])
 
 
 # --- what the lesson derives ---------------------------------------------------------------
