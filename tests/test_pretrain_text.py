@@ -9,9 +9,16 @@ import torch
 
 from tlcourse import pretrain
 from tlcourse import pretrain_text as pt
+from tlcourse.backbones import checkpoint_path
 from tlcourse.evaluation import evaluate
-from tlcourse.language_modelling import MaskedBlocks, MaskedTokens, NextTokenBlocks, NextTokens
-from tlcourse.language_models import load_generator, load_tokeniser, small_bert
+from tlcourse.language_modelling import (
+    MASK_SHARE,
+    MaskedBlocks,
+    MaskedTokens,
+    NextTokenBlocks,
+    NextTokens,
+)
+from tlcourse.language_models import load_generator, load_masked_lm, load_tokeniser, small_bert
 
 
 def blocks(num=64, width=32):
@@ -29,7 +36,7 @@ def test_masking_has_the_shares_of_the_paper_and_spares_special_tokens():
     shown, positions = inputs["input_ids"].flatten(), inputs["positions"]
     assert torch.equal(ids.flatten()[positions], targets)
     assert not torch.isin(targets, torch.tensor(tokenizer.all_special_ids)).any()
-    assert len(targets) / (2_000 * 30) == pytest.approx(0.15, abs=0.005)
+    assert len(targets) / (2_000 * 30) == pytest.approx(MASK_SHARE, abs=0.005)
     masked = (shown[positions] == tokenizer.mask_token_id).float().mean().item()
     same = (shown[positions] == targets).float().mean().item()
     assert masked == pytest.approx(0.8, abs=0.01) and same == pytest.approx(0.1, abs=0.01)
@@ -86,6 +93,39 @@ def test_short_run_writes_checkpoint_and_card(name, tmp_path):
     assert card["num_steps"] == 3 and card["command"].endswith("--steps 3 --out FOLDER")
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert math.log(card["test_perplexity"]) == pytest.approx(card["test_loss"], abs=0.01)
+
+
+@pytest.mark.parametrize("name", list(pt.TEXT_RECIPES))
+def test_shipped_card_tells_of_a_model_that_has_learned(name):
+    card = json.loads(checkpoint_path(name).with_suffix(".json").read_text(encoding="utf-8"))
+    recipe = pt.TEXT_RECIPES[name]
+    assert (card["num_steps"], card["lr"]) == (recipe.num_steps, recipe.lr)
+    assert card["test_loss"] < 0.6 * math.log(recipe.vocab_size)
+    low, high = card["test_accuracy_interval_95"]
+    assert 0 < low < card["test_accuracy"] < high
+
+
+def test_shipped_docbert_guesses_a_hidden_word_from_its_neighbours_in_their_order():
+    model, tokeniser = load_masked_lm(), load_tokeniser("docbert")
+    tokenizer = tokeniser.tokenizer
+
+    def probability(text, word):
+        ids = torch.tensor(tokeniser([text]))
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[ids == tokenizer.mask_token_id].softmax(dim=1)
+        return p[0, tokenizer.get_vocab()[word]].item()
+
+    assert probability("raises an error if the file does [MASK] exist.", "not") > 0.5
+    assert probability("error exist raises the does if file an [MASK].", "not") < 0.1
+
+
+def test_shipped_docgpt_prefers_text_in_its_order():
+    model, tokenizer = load_generator(), load_tokeniser("docgpt").tokenizer
+    text = "Return the sum of the array elements over the given axis."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        loss, turned = (model(input_ids=x, labels=x).loss.item() for x in (ids, ids.flip(1)))
+    assert loss < 4.5 < turned
 
 
 def test_short_run_replaces_nothing_shipped(capsys):

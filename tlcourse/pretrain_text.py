@@ -53,8 +53,10 @@ class TextRecipe:
 
 
 TEXT_RECIPES = {
-    "docbert": TextRecipe(vocab_size=6_000, block_size=128, batch_size=32, num_steps=4_000),
-    "docgpt": TextRecipe(vocab_size=4_096, block_size=256, batch_size=16, num_steps=2_500),
+    "docbert": TextRecipe(
+        vocab_size=6_000, block_size=128, batch_size=16, num_steps=3_000, lr=2e-3
+    ),
+    "docgpt": TextRecipe(vocab_size=4_096, block_size=256, batch_size=8, num_steps=4_000, lr=2e-3),
 }
 EVAL_BLOCKS = 40
 LICENCE = (
@@ -208,7 +210,7 @@ def _card(
         "name": name,
         "architecture": "GPT-2, 4 layers, width 192, 6 heads, context 256, tied embeddings"
         if name in GENERATORS
-        else "BERT, 4 layers, width 192, 6 heads, 128 positions, tied embeddings",
+        else "ModernBERT, 4 layers, width 192, 6 heads, rotary positions, tied embeddings",
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "trained_on": f"prose in the docstrings of {versions}; not the standard library;",
         **run_facts(name, recipe, history),
