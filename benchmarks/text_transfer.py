@@ -1,6 +1,6 @@
 """What pre-training is worth on text: documentation routing, by labels per topic.
 
-    python benchmarks/text_transfer.py [--labels 4 16 64 all] [--arms NAME ...] [--workers N]
+    python benchmarks/text_transfer.py [--labels 4 16 all] [--arms NAME ...] [--workers N]
 
 TF-IDF, frozen and fine-tuned encoders, and the same architectures from random weights. A learning
 rate is chosen for each fine-tuned arm and number of labels on the validation split of one extra
@@ -31,7 +31,7 @@ from tlcourse.probing import C_GRID
 from tlcourse.text import TextTask, load_text_task
 
 DRAWS, TUNING_DRAW, BATCH_SIZE = 5, 1_000, 16
-STEPS = {4: 30, 16: 40, 64: 80, None: 100}  # labels per topic -> updates
+STEPS = {4: 30, 16: 40, None: 100}  # labels per topic -> updates
 # arm -> (encoder, pre-trained, rates to choose from); random weights get twice the steps.
 FINE_TUNED = {
     "MiniLM": ("minilm", True, (1e-4, 3e-4)),

@@ -45,6 +45,12 @@ def test_masking_has_the_shares_of_the_paper_and_spares_special_tokens():
     assert torch.equal(shown[untouched], ids.flatten()[untouched])
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_share_that_hides_nothing_or_all_is_refused(share):
+    with pytest.raises(ValueError, match=rf"share must be in \(0, 1\), got {share}"):
+        MaskedBlocks(*blocks(8), 4, seed=0, share=share)
+
+
 def test_validation_masks_stay_and_training_masks_change():
     ids, tokenizer = blocks()
     fixed = MaskedBlocks(ids, tokenizer, 32, seed=0, shuffle=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MASK_SHARE = 0.3  # of the tokens are to be guessed; of these 80 % hidden, 10 % replaced
+MASK_SHARE = 0.3  # of the tokens are to be guessed
 
 
 class MaskedTokens(nn.Module):
@@ -60,12 +60,25 @@ class MaskedBlocks:
         batch_size: blocks in a batch; a rest is left out when shuffling.
         seed: of order and masks.
         shuffle: False gives the same batches in every pass.
+        share: of the tokens to be guessed, in (0, 1).
+
+    Raises:
+        ValueError: for another share.
     """
 
     def __init__(
-        self, blocks: Tensor, tokenizer: Any, batch_size: int, seed: int, shuffle: bool = True
+        self,
+        blocks: Tensor,
+        tokenizer: Any,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        share: float = MASK_SHARE,
     ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share must be in (0, 1), got {share}")
         self.blocks, self.batch_size, self.seed, self.shuffle = blocks, batch_size, seed, shuffle
+        self.share = share
         self.mask_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.special = torch.tensor(tokenizer.all_special_ids)
         self._generator = torch.Generator().manual_seed(seed)
@@ -82,7 +95,7 @@ class MaskedBlocks:
     def hide(self, ids: Tensor, chance: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """({"input_ids", "positions"}, the hidden tokens) of a batch of blocks, shape (B, T)."""
         candidates = ~torch.isin(ids, self.special)
-        picked = (torch.rand(ids.shape, generator=chance) < MASK_SHARE) & candidates
+        picked = (torch.rand(ids.shape, generator=chance) < self.share) & candidates
         positions = picked.flatten().nonzero().squeeze(1)
         targets = ids.flatten()[positions]
         how = torch.rand(len(positions), generator=chance)

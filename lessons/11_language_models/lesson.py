@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11 Language models
 #
-# A network has read two million words about software. Nobody gave it a label. Somebody hid words,
+# A network has read 1.9 million words about software. Nobody gave it a label. Somebody hid words,
 # and it learned to guess them. Now you have sixteen labelled texts of each topic. What is all that
 # reading worth? And how do words get into a network at all?
 #
@@ -17,7 +17,10 @@
 # **You need** lessons 03 (the gradient of cross-entropy) and 05 (probes on frozen features). **Time**
 # about 80 minutes; the notebook itself runs in under a minute on two cores.
 #
-# **Expected result.** @@EXPECTED@@
+# **Expected result.** At 16 labels per topic, the frozen features of MiniLM reach .70 [.63, .78] and word
+# counts .55 [.49, .61]. Fine-tuning MiniLM gives no more than its frozen features there, and the same
+# architecture from random weights .36 [.27, .45]. A small BERT that read for half an hour on one core
+# is .13 [.04, .21] better than from random weights.
 
 # %% tags=["setup"]
 import tlcourse as tl
@@ -27,6 +30,7 @@ run = tl.setup(seed=0)
 # %%
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -175,8 +179,51 @@ torch.testing.assert_close(outputs[:4], alone, rtol=0, atol=1e-15)
 print("weights of token 0:", [round(w, 3) for w in weights[0].tolist()])
 
 # %% [markdown]
-# The same holds for a whole encoder of many layers: the filling never reaches a real token. See what
-# happens if the mask is forgotten.
+# ## And where is the order of the words?
+#
+# Look at the formula once more. Exchange two tokens $j$ and $l$: the sum has the same terms in another
+# order. So $o_i$ does not change. "The lock waits for the thread" and "the thread waits for the lock"
+# would give each word the same vector. Attention alone reads a *bag* of words.
+
+# %%
+shuffled = torch.tensor([2, 0, 3, 1])
+moved, _ = attention(q[:4][shuffled], k[:4][shuffled], v[:4][shuffled], torch.ones(4))
+torch.testing.assert_close(moved, alone[shuffled])
+print("shuffle the words, and each keeps its vector")
+
+# %% [markdown]
+# BERT adds to each token a learned vector of its place. Newer models *turn* queries and keys instead
+# (rotary positions, Su et al. 2021): take their coordinates in pairs, and turn each pair at place $t$ by an
+# angle $\omega t$. With $R_\phi$ for the turn by $\phi$, two turns meet in the score as
+#
+# $$(R_{\omega i}\, q_i) \cdot (R_{\omega j}\, k_j) = q_i^\top R_{\omega i}^\top R_{\omega j}\, k_j
+# = q_i \cdot R_{\omega (j - i)}\, k_j ,$$
+#
+# since turning back by $\omega i$ and forth by $\omega j$ is one turn by the difference. So a score
+# can depend on *how far apart* two words are, wherever they stand. "The word before me" is then the same
+# question at each place. Each pair of coordinates has its own $\omega$: fast ones for neighbours, slow
+# ones for far away.
+
+
+# %%
+def turn(x, places, omega=0.5):
+    """Turn the pairs (x[0], x[1]), ... of each row by omega times its place; x: (T, d)."""
+    even, odd = x[:, 0::2], x[:, 1::2]  # (T, d / 2)
+    cos, sin = (f(omega * places)[:, None] for f in (torch.cos, torch.sin))
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=2).flatten(1)
+
+
+places = torch.arange(6, dtype=torch.float64)
+scores, later = (turn(q, t) @ turn(k, t).T for t in (places, places + 100))
+torch.testing.assert_close(scores, later)  # the same distances, the same scores
+assert not torch.allclose(scores, q @ k.T)
+
+# %% [markdown]
+# ## Padding in a whole encoder
+#
+# What holds for one layer holds for an encoder of many: the filling never reaches a real token. See
+# what happens if the mask is forgotten. The encoder is the small BERT that was trained for this course:
+# four layers of width 192, with turned queries and keys.
 
 # %%
 encoder = tl.load_text_backbone("docbert").to(run.device).eval()
@@ -242,8 +289,8 @@ assert places(True) < 0.75 * places(False)
 # text labels itself; there is as much to learn from as there is text. Places that are *not* hidden
 # do not count: the answer stands there.
 #
-# **By hand, on one sentence.** Our small BERT has read the docstrings of twelve Python packages, but
-# not of the standard library. Hide one word.
+# **By hand, on one sentence.** Our small BERT has read the docstrings of twelve Python packages
+# several times over, but not those of the standard library. Hide one word.
 
 # %%
 bert = load_masked_lm().to(run.device)
@@ -308,13 +355,14 @@ print("rows with a gradient:", logits.grad.abs().sum(dim=1).nonzero().flatten().
 
 # %% [markdown]
 # One trick more. `[MASK]` never occurs in real text, and a network that is only good at `[MASK]` is
-# of little use later. So of the hidden places (15 % of all) only 80 % show `[MASK]`; 10 % show a random
+# of little use later. So of the places that are asked for only 80 % show `[MASK]`; 10 % show a random
 # piece, and 10 % the true one. The network cannot know which word it may trust, and has to think
-# about all of them (Devlin et al. 2019, section 3.1).
+# about all of them (Devlin et al. 2019, section 3.1). BERT asks for 15 % of all places. Ours asks for
+# 30 %: twice as many lessons in each text (Wettig et al. 2022).
 #
 # ### A few steps on your machine
 #
-# The small BERT has never seen the standard library. Let it read the 621 training texts, without
+# The small BERT has never seen the standard library. Let it read the training texts, without
 # labels, for a few steps, and watch the loss on the texts of the *validation* files. Beside it the
 # same architecture from random weights, with the same steps.
 
@@ -332,7 +380,7 @@ def masked_loaders(seed=0):
 
 
 # %%
-num_steps = {"tiny": 40, "full": 400}[run.profile]
+num_steps = {"tiny": 24, "full": 400}[run.profile]
 config = tl.TrainConfig(
     lr=5e-4, num_steps=num_steps, warmup_steps=5, eval_every_steps=num_steps // 4, progress=False
 )
@@ -355,9 +403,14 @@ ax.set(xlabel="steps", ylabel="loss on hidden words (nats)", ylim=(0, None))
 ax.legend()
 tl.plots.alt(ax, f"Loss over steps {steps}: " + str({k: np.round(v, 2).tolist() for k, v in losses.items()}))
 assert losses["pre-trained"][0] < losses["random init"][-1] - 1
+assert losses["pre-trained"][-1] < losses["pre-trained"][0] - 0.1
 
 # %% [markdown]
-# @@STEPS_TEXT@@
+# The small BERT starts far above the 3.56 nats that it reached on held-out docstrings of its own
+# packages (its card, `data/checkpoints/docbert.json`): other libraries, other words. A few steps of
+# reading, still without a label, already help. That is *domain-adaptive pre-training* (Gururangan et al.
+# 2020). Random weights fall fast, too, but only to where a network is that knows how often each piece
+# occurs. The pre-trained one had 3,000 steps of 2,048 tokens, half an hour on one core. Reading takes time.
 #
 # ## One vector for a text
 #
@@ -386,34 +439,45 @@ assert torch.equal(pool_tokens(h, mu, "cls"), h[:, 0])
 # TF-IDF, which counts words and gives rare ones more weight.
 
 # %%
-features = {}
-for pooling in ("mean", "cls"):
-    minilm = tl.load_text_backbone("minilm", pooling=pooling).to(run.device)
-    loaders = task.loaders(minilm.preprocess, batch_size=64)
-    for part in ("train", "val", "test"):
-        loader = TokenLoader(getattr(loaders, part).tokens, getattr(task, part).targets, 64, bucketing=False)
-        features[pooling, part] = tl.extract_features(minilm, loader)
+minilm = tl.load_backbone("minilm").to(run.device).eval()
+
+
+class BothPoolings(torch.nn.Module):
+    """One pass of the encoder, two vectors for each text, side by side: (B, 2 * 384)."""
+
+    def forward(self, input_ids, attention_mask):
+        h = minilm.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return torch.cat([pool_tokens(h, attention_mask, how) for how in ("mean", "cls")], dim=1)
 
 
 # %%
-def rows_of(draw):
-    """Rows of the pool that a draw labels."""
-    place = {text: row for row, text in enumerate(task.train.texts)}
-    return [place[text] for text in tl.load_text_task("doc_routing", 16, draw).train.texts]
+features, row_of = {}, {}
+for part in ("train", "val", "test"):
+    split = getattr(task, part)
+    tokens = minilm.preprocess(split.texts)
+    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))  # little filling
+    loader = TokenLoader([tokens[row] for row in order], split.targets[order], 64, bucketing=False)
+    both = tl.extract_features(BothPoolings().to(run.device), loader)
+    features["mean", part] = replace(both, features=both.features[:, :384])
+    features["cls", part] = replace(both, features=both.features[:, 384:])
+    row_of |= {split.texts[row]: place for place, row in enumerate(order)}
 
 
+# %%
 def probe(draw, pooling="mean"):
-    train = features[pooling, "train"].take(np.array(rows_of(draw)))
+    """Accuracy of a linear probe on the labelled texts of a draw."""
+    labelled = tl.load_text_task("doc_routing", 16, draw).train.texts
+    train = features[pooling, "train"].take(np.array([row_of[text] for text in labelled]))
     return tl.linear_probe(train, features[pooling, "test"], features[pooling, "val"]).accuracy
 
 
 # %%
 def tf_idf(draw):
     """Logistic regression on weighted word counts."""
-    rows = rows_of(draw)
+    labelled = tl.load_text_task("doc_routing", 16, draw).train
     vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english")
-    x = vectorizer.fit_transform([task.train.texts[row] for row in rows])
-    model = LogisticRegression(C=10, max_iter=1000).fit(x, task.train.targets[rows])
+    x = vectorizer.fit_transform(labelled.texts)
+    model = LogisticRegression(C=10, max_iter=1000).fit(x, labelled.targets)
     return model.score(vectorizer.transform(task.test.texts), task.test.targets)
 
 
@@ -427,12 +491,15 @@ live = Comparison({
 print(live.table("TF-IDF"))
 
 # %%
-print("mean minus first token:", live.difference("MiniLM frozen, mean", "MiniLM frozen, first token"))
+gap = live.difference("MiniLM frozen, mean", "MiniLM frozen, first token")
+print("mean minus first token:", gap)
 assert live.difference("MiniLM frozen, mean", "TF-IDF").low > 0.03
-assert live.difference("MiniLM frozen, mean", "MiniLM frozen, first token").mean > 0.02
+assert gap.high > 0
 
 # %% [markdown]
-# **Guess 4.** @@POOLING_TEXT@@
+# **Guess 4.** Five draws of labels do not decide: the interval of the difference holds 0. The mean is
+# ahead on average, as it should be for a network that was trained with the mean, and we stay with it.
+# What is decided: both know far more of these texts than word counts do.
 #
 # ## Fine-tuning an encoder
 #
@@ -446,13 +513,13 @@ backbone = tl.load_backbone("docbert")
 model = tl.Classifier(backbone, few.num_classes).to(run.device)
 loaders = few.loaders(backbone.preprocess, batch_size=16, seed=0)
 config = tl.TrainConfig(
-    lr=3e-4, head_lr=3e-3, num_steps=40, warmup_steps=4, eval_every_steps=10, progress=False
+    lr=1e-3, head_lr=1e-2, num_steps=24, warmup_steps=3, eval_every_steps=8, progress=False
 )
 history = tl.fit(model, loaders.train, loaders.val, config)
 print(tl.evaluate(model, loaders.test, few.classes))
 
 # %% [markdown]
-# One run is an anecdote. The measurement: four numbers of labels, nine arms, five paired draws each,
+# One run is an anecdote. The measurement: three numbers of labels, ten arms, five paired draws each,
 # a rate for each arm chosen on validation, test read once. Random weights got twice the steps. It
 # takes too long for a lesson, so it was run before and recorded:
 #
@@ -462,19 +529,20 @@ print(tl.evaluate(model, loaders.test, few.classes))
 
 # %%
 recorded = json.loads((data_dir() / "results" / "text_transfer.json").read_text("utf-8"))
-results = {count: Comparison(entry["scores"]) for count, entry in recorded["counts"].items()}
+results = {count: Comparison(recorded["counts"][count]["scores"]) for count in ("4", "16", "all")}
 print("Python", recorded["versions"]["python"], " torch", recorded["versions"]["torch"])
 arms = list(recorded["counts"]["16"]["scores"])
 print(f"\n{'test accuracy, labels per topic':32}" + "".join(f"{count:>24}" for count in results))
 for arm in arms:
-    print(f"{arm:32}" + "".join(f"{result.interval(arm)!s:>24}" for result in results.values()))
+    cells = [r.interval(arm) if arm in r.scores else "not run" for r in results.values()]
+    print(f"{arm:32}" + "".join(f"{cell!s:>24}" for cell in cells))
 
 # %%
 SHOWN = ["TF-IDF", "MiniLM frozen", "MiniLM", "MiniLM, random init", "docbert", "docbert, random init"]
 fig, ax = tl.plots.subplots(figsize=(8, 4.2))
 for place, arm in enumerate(SHOWN):
-    bands = [results[count].interval(arm) for count in results]
-    x = np.arange(len(results)) + 0.05 * (place - 2.5)
+    bands = [result.interval(arm) for result in results.values() if arm in result.scores]
+    x = np.arange(len(bands)) + 0.05 * (place - 2.5)
     errors = [[b.mean - b.low for b in bands], [b.high - b.mean for b in bands]]
     style = {"marker": tl.plots.markers[place], "ls": tl.plots.line_styles[place % 4], "capsize": 3}
     ax.errorbar(x, [b.mean for b in bands], yerr=errors, color=tl.plots.palette[place], label=arm, **style)
@@ -484,16 +552,54 @@ ax.set_xticks(range(len(results)), list(results))
 ax.legend(ncols=2, loc="lower right", fontsize=9)
 tl.plots.alt(ax, "Accuracy over labels with 95 % intervals. " + "; ".join(f"{a} {results['16'].interval(a)}" for a in SHOWN))
 
+# %%
+PAIRS = [
+    ("MiniLM frozen", "TF-IDF"),
+    ("MiniLM", "MiniLM frozen"),
+    ("docbert", "docbert, random init"),
+    ("docbert", "TF-IDF"),
+]
+gains = {}
+for a, b in PAIRS:
+    for count, result in results.items():
+        gains[a, b, count] = result.difference(a, b)
+        print(f"{count:>4} labels  {f'{a} minus {b}':38} {gains[a, b, count]}")
+few_random = results["16"].difference("MiniLM", "MiniLM, random init")
+print(f"  16 labels  {'MiniLM minus MiniLM, random init':38} {few_random}")
+
+# %%
+assert few_random.low > 0.15
+assert all(gains["MiniLM frozen", "TF-IDF", count].low > 0.05 for count in ("4", "16"))
+assert all(gains["docbert", "docbert, random init", count].low > 0.02 for count in results)
+assert all(abs(gains["MiniLM", "MiniLM frozen", count].mean) < 0.06 for count in results)
+assert all(g.low < 0 < g.high for (a, b, _), g in gains.items() if b == "MiniLM frozen")
+assert gains["docbert", "TF-IDF", "16"].low < 0 < gains["docbert", "TF-IDF", "16"].high
+assert gains["docbert", "TF-IDF", "all"].low > 0.02
+
 # %% [markdown]
-# @@RESULT_TEXT@@
+# **Guess 2.** With 16 labels per topic:
+#
+# - *Reading is worth a lot.* MiniLM's architecture from random weights is at chance with 4 labels and not
+#   far above it with 16, though it got twice the steps and its own rate. (With all texts it was not run.)
+#   Frozen, MiniLM beats word counts by some 15 points at 4 and at 16.
+# - *Fine-tuning MiniLM adds nothing.* At every number of labels the interval of fine-tuned minus frozen
+#   holds 0: a **null**, for these steps and two rates. Try the cheap probe first (lesson 05).
+# - *A little reading is worth a little.* Our small BERT gains some 12 to 17 points over random weights at
+#   every number of labels. Yet at 16 it is no better than word counts. Frozen it is even worse:
+#   guessing hidden words does not by itself put texts of one topic close together. MiniLM was trained for that.
+# - *With all texts* fine-tuning pays for the small BERT: it passes word counts, which cost nothing, by
+#   7 points. Word counts are a baseline to be beaten before you speak of understanding.
+#
+# In the last column the frozen arms have no interval: all texts are one draw. Both arms of the small BERT
+# chose the larger of their two rates everywhere, and the random MiniLM did at 16; a wider grid might lift them.
 #
 # ## Where it fails
 #
-# **The test files are few.** Eighty files are in the test split, and a file has its own words. The
+# **The test files are few.** Two dozen files are in the test split, and a file has its own words. The
 # intervals are over draws of the *labelled* texts. They do not say what other test files would give.
 #
-# **Validation and test are different files, too.** What is best on one need not be on the other. You
-# see it in any run above: validation accuracy and test accuracy are often ten points apart.
+# **Validation and test are different files, too.** What is best on one need not be best on the
+# other: a rate that validation chose may be the wrong one for the test files.
 #
 # **Reading is not understanding.** Guess 1 was company, not meaning. Ask for what is *not* there:
 
@@ -507,6 +613,10 @@ for text, word in {
     print(f"{text:46} {word!r} hidden: p = {log_p[true].exp():.3f}, best {best}")
 
 # %% [markdown]
+# In documentation, errors are raised when a file does *not* exist. So the small BERT is nearly sure of
+# "not", in a sentence whose truth it cannot know, and puts little on "does". It has learned which sentence is
+# usual, not which one is meant.
+#
 # **Another Python, other texts.** The texts are read from the interpreter that runs this. From one
 # version to the next some are reworded, and numbers move by a point or two.
 #
@@ -572,6 +682,11 @@ tl.quiz("11")
 # - Devlin, Chang, Lee, Toutanova 2019, *BERT: pre-training of deep bidirectional transformers for
 #   language understanding*, section 3, arXiv:1810.04805.
 # - Vaswani et al. 2017, *Attention is all you need*, section 3.2, arXiv:1706.03762.
+# - Su et al. 2021, *RoFormer: enhanced transformer with rotary position embedding*, section 3.2,
+#   arXiv:2104.09864.
+# - Wettig et al. 2022, *Should you mask 15 % in masked language modeling?*, arXiv:2202.08005.
+# - Warner et al. 2024, *Smarter, better, faster, longer* (ModernBERT: the layers of our small
+#   BERT), section 2.1, arXiv:2412.13663.
 # - Wu et al. 2016, *Google's neural machine translation system*, section 4.1 (word pieces),
 #   arXiv:1609.08144.
 # - Reimers and Gurevych 2019, *Sentence-BERT*, section 3, arXiv:1908.10084.
@@ -589,6 +704,7 @@ tl.quiz("11")
 # | special token | `[CLS]`, `[SEP]`, `[PAD]`, `[MASK]`, `[UNK]` | 特殊词元 |
 # | padding | filling up short texts | 填充 |
 # | attention mask | says which tokens may be looked at | 注意力掩码 |
+# | rotary positions | queries and keys turned by an angle that grows with the place | 旋转位置编码 |
 # | length bucketing | texts of similar length share a batch | 按长度分桶 |
 # | masked language modelling | learning to guess hidden tokens | 掩码语言建模 |
 # | encoder | a network that gives each token a vector, with a look at both sides | 编码器 |

@@ -125,7 +125,7 @@ def test_hiding_is_that_of_the_library() -> None:
     tokenizer = load_tokeniser("docbert").tokenizer
     ids = torch.randint(len(tokenizer), (8, 64), generator=torch.Generator().manual_seed(0))
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    batch, targets = MaskedBlocks(ids, tokenizer, 8, seed=0).hide(
+    batch, targets = MaskedBlocks(ids, tokenizer, 8, seed=0, share=0.15).hide(
         ids, torch.Generator().manual_seed(1)
     )
     chance = torch.Generator().manual_seed(1)

@@ -1,0 +1,624 @@
+"""All methods of part 3 under one budget: accuracy, trained numbers, memory, time per step.
+
+    python benchmarks/bake_off.py [--workers N] [--resume FILE] [--out FILE]
+
+Two tasks: documentation routing with MiniLM, and wild digits with the course's GlyphNet. Every
+method starts from the pre-trained backbone with a head from logistic regression on its features,
+has the same batches, steps and rate of the head, and three rates of its own to choose from. That
+rate is chosen on the validation split of one extra draw of labels; other draws, paired across
+the methods, are then measured on the test split. "linear head" is that start, without any step.
+
+Memory is counted in bytes from the tensors of one step: weights, gradients, state (the moments of
+AdamW, and the scores of AdaLoRA), and what autograd keeps. It is checked against the peak of
+resident memory, each method in a process of its own. Time is CPU time of one step, the median of
+steps that take turns with those of the other methods; with a GPU, wall time.
+
+Every single result is appended to the ``--resume`` file at once: stopped and started again, the
+benchmark goes on where it was, with as many workers as you like. Once all is done that file is
+renamed. Writes ``data/results/bake_off.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import tlcourse as tl
+from tlcourse.adapters import (
+    BottleneckConfig,
+    IA3Config,
+    add_bottlenecks,
+    add_ia3,
+    train_biases,
+    train_last_layers,
+)
+from tlcourse.comparing import Comparison, versions
+from tlcourse.freezing import count_parameters
+from tlcourse.locations import data_dir, repo_root
+from tlcourse.machine import core_count, memory_bytes
+from tlcourse.parallel import default_workers, side_by_side
+from tlcourse.probing import Features
+from tlcourse.prompts import PrefixTuning, PromptTuning
+from tlcourse.text import load_text_task
+from tlcourse.train import make_optimizer
+
+DRAWS, TUNING_DRAW, HEAD_LR, HEAD_C = 5, 1_000, 1e-3, 0.01
+RANK, ALPHA, HIGH_RANK = 8, 16.0, 32
+INIT_RANK, ORTHOGONAL = 12, 0.5  # AdaLoRA: starts at 12, ends at RANK on average
+BOTTLENECK, VIRTUAL_TOKENS = 8, 10
+ROUNDS, STEPS_OF_A_ROUND, RSS_REPEATS = 5, 10, 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task and its budget."""
+
+    backbone: str
+    labels: int
+    batch_size: int
+    steps: int
+    warmup: int
+    precision: str
+    targets: tuple[str, ...]  # layers that LoRA and its relatives go beside
+    rates: dict[str, tuple[float, ...]]  # method -> rates of the body to choose from
+
+
+HEAD, LAST, BITFIT, IA3, BOTTLENECKS = (
+    "linear head", "last block", "BitFit", "(IA)3", "bottleneck adapters",
+)  # fmt: skip
+LORA, RSLORA, DORA, ADALORA = "LoRA", "rsLoRA", "DoRA", "AdaLoRA"
+PROMPT, PREFIX, FULL = "prompt tuning", "prefix tuning", "full fine-tuning"
+SMALL_RATES, LOW_RATES = (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)
+MIDDLE_RATES, HIGH_RATES = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+
+SETTINGS = {
+    "text": Setting(
+        "minilm", 16, 16, 30, 3, "bf16", ("query", "value"),
+        {
+            HEAD: (), LAST: SMALL_RATES, BITFIT: LOW_RATES, IA3: HIGH_RATES,
+            BOTTLENECKS: LOW_RATES, LORA: SMALL_RATES, RSLORA: SMALL_RATES, DORA: SMALL_RATES,
+            ADALORA: HIGH_RATES, PROMPT: HIGH_RATES, PREFIX: HIGH_RATES, FULL: (3e-5, 1e-4, 3e-4),
+        },
+    ),
+    "vision": Setting(
+        "glyphnet", 10, 25, 160, 10, "fp32", ("conv1", "conv2"),
+        {
+            HEAD: (), LAST: LOW_RATES, BITFIT: HIGH_RATES, IA3: HIGH_RATES,
+            LORA: HIGH_RATES, RSLORA: MIDDLE_RATES, DORA: MIDDLE_RATES, ADALORA: HIGH_RATES,
+            FULL: MIDDLE_RATES,
+        },
+    ),
+}  # fmt: skip
+DOES_NOT_APPLY = {
+    "vision": {
+        BOTTLENECKS: "made for linear layers, here and in peft; GlyphNet has none",
+        PROMPT: "a convolutional network has no tokens to put a prompt before",
+        PREFIX: "a convolutional network has no attention to give keys and values to",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result to be made."""
+
+    part: str  # "accuracy", "memory", "rss" or "time"
+    task: str
+    method: str
+    draw: int = 0
+    lr: float = 0.0
+
+
+# --- the methods -----------------------------------------------------------------------------
+
+
+def adapt(model: nn.Module, method: str, setting: Setting) -> nn.Module:
+    """Prepare a classifier for a method: what is not trained is frozen."""
+    if method == FULL:
+        return model
+    if method == HEAD:
+        return train_last_layers(model, 0)
+    if method == LAST:
+        return train_last_layers(model, 1)
+    if method == BITFIT:
+        return train_biases(model)
+    if method == BOTTLENECKS:
+        return add_bottlenecks(model, BottleneckConfig(bottleneck_dim=BOTTLENECK))
+    if method in (PROMPT, PREFIX):
+        return add_virtual_tokens(model, method)
+    if method == IA3 and setting.backbone == "minilm":
+        feedforward = tuple(f"layer.{n}.output.dense" for n in range(6))
+        names = ("key", "value", *feedforward)
+        return add_ia3(model, IA3Config(target_modules=names, feedforward_modules=feedforward))
+    return with_peft(model, method, setting)
+
+
+def add_virtual_tokens(model: Any, method: str) -> nn.Module:
+    tl.freeze(model.backbone)
+    body = model.backbone.body
+    if method == PROMPT:  # real text keeps the positions that it had in pre-training
+        model.backbone.body = PromptTuning(body, VIRTUAL_TOKENS, "vocabulary", False)
+    else:
+        model.backbone.body = PrefixTuning(body, VIRTUAL_TOKENS, shift_positions=False)
+    return model
+
+
+def with_peft(model: nn.Module, method: str, setting: Setting) -> nn.Module:
+    names: dict[str, Any] = {
+        "target_modules": list(setting.targets),
+        "modules_to_save": ["head"],
+    }
+    if method == IA3:
+        return peft.get_peft_model(model, peft.IA3Config(**names, feedforward_modules=[]))
+    if method == ADALORA:
+        config = peft.AdaLoraConfig(
+            **names, init_r=INIT_RANK, target_r=RANK, lora_alpha=int(ALPHA / RANK * INIT_RANK),
+            total_step=setting.steps, tinit=setting.steps // 6, tfinal=setting.steps // 3,
+        )  # fmt: skip
+    else:
+        config = peft.LoraConfig(
+            **names, r=HIGH_RANK if method == RSLORA else RANK, lora_alpha=int(ALPHA),
+            use_rslora=method == RSLORA, use_dora=method == DORA,
+        )  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """AdaLoRA's penalty, Zhang et al. 2023, equation 4.
+
+    peft adds it only to an output that has a ``loss``; a classifier that gives logits must add
+    it itself.
+    """
+    distances = []
+    for name, x in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = x @ x.T if "lora_A" in name else x.T @ x
+            distances.append((gram - torch.eye(len(gram), device=x.device)).norm())
+    return ORTHOGONAL * torch.stack(distances).mean()
+
+
+@contextmanager
+def allocating(model: Any, method: str) -> Iterator[None]:
+    """Let AdaLoRA share out its budget after each step of any optimizer; others need nothing."""
+    if method != ADALORA:
+        yield
+        return
+    steps = 0
+
+    def after_step(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        model.base_model.update_and_allocate(steps)  # gradients are still there
+
+    handle = register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def build(task: Any, setting: Setting, method: str, seed: int) -> nn.Module:
+    """Backbone without dropout, with what the method adds, and a head that is still random."""
+    torch.manual_seed(seed)
+    model = tl.Classifier(tl.load_backbone(setting.backbone), task.num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with warnings.catch_warnings():
+        # peft looks for a ``config`` of transformers, which a plain module does not have.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        return adapt(model, method, setting)
+
+
+def plain(model: Any) -> Any:
+    """The classifier inside the wrapper of peft."""
+    return model.base_model.model if isinstance(model, peft.PeftModel) else model
+
+
+def head_of(model: Any) -> nn.Linear:
+    head = plain(model).head
+    return getattr(head, "modules_to_save", {"default": head})["default"]
+
+
+def loaders_of(name: str, task: Any, model: Any, seed: int, plainly: bool = False) -> Any:
+    setting = SETTINGS[name]
+    if name == "text":
+        return task.loaders(plain(model).backbone.preprocess, setting.batch_size, seed)
+    return task.loaders(setting.batch_size, augment=not plainly, seed=seed)
+
+
+def load(name: str, draw: int) -> Any:
+    labels = SETTINGS[name].labels
+    if name == "text":
+        return load_text_task("doc_routing", labels, draw)
+    return tl.load_task("wild_digits", labels, draw)
+
+
+# --- accuracy --------------------------------------------------------------------------------
+
+
+def without_dead(known: Features) -> Features:
+    """Features that hardly vary, set to zero, so that the probe gives them no weight.
+
+    Two features of MiniLM are about 1e-33 (their last layer normalisation has such a scale). A
+    probe that standardises would divide by that: a weight of 1e30 in the head, harmless in the
+    logits, but not in the gradient of that layer normalisation. Clipped to a norm of 1, no
+    other gradient would be left.
+    """
+    spread = known.features.std(axis=0, dtype=np.float64)
+    return replace(known, features=np.where(spread > 1e-6 * np.median(spread), known.features, 0))
+
+
+def accuracy(run: Run) -> dict[str, Any]:
+    """Accuracy on validation (tuning draw) or test (the others)."""
+    setting, task = SETTINGS[run.task], load(run.task, run.draw)
+    model = build(task, setting, run.method, run.draw)
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+        train = loaders_of(run.task, task, model, run.draw, plainly=True).train
+        known = without_dead(tl.extract_features(plain(model).backbone, train))
+    tl.linear_probe(known, known, c_grid=(HEAD_C,)).copy_to(head_of(model))
+    loaders = loaders_of(run.task, task, model, run.draw)
+    start, losses = time.process_time(), []
+    if run.method != HEAD:
+        config = tl.TrainConfig(
+            lr=run.lr, head_lr=HEAD_LR, num_steps=setting.steps, warmup_steps=setting.warmup,
+            precision=setting.precision, progress=False, seed=run.draw,  # type: ignore[arg-type]
+            **({"penalty": orthogonality} if run.method == ADALORA else {}),
+        )  # fmt: skip
+        with allocating(model, run.method):
+            losses = tl.fit(model, loaders.train, None, config).train_loss
+    seconds = time.process_time() - start
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+        part = loaders.val if run.draw == TUNING_DRAW else loaders.test
+        found = {"accuracy": tl.evaluate(model, part).accuracy}
+    found["train_loss"] = round(float(np.mean(losses[-5:])), 4) if losses else None
+    return found | {"cpu_seconds": round(seconds, 1), "saved": numbers_to_save(model)}
+
+
+def numbers_to_save(model: Any) -> int:
+    """Trained numbers that a file for this task must hold."""
+    pattern = getattr(getattr(model, "active_peft_config", None), "rank_pattern", None)
+    if not pattern:
+        return count_parameters(model).trainable
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            sizes[name] = parameter.numel()
+    for name, kept in pattern.items():
+        layer = model.base_model.model.get_submodule(name.partition(".lora_E")[0])
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        sizes[name] = sum(kept) * (A.shape[1] + 1 + B.shape[0])
+    return sum(sizes.values())
+
+
+# --- memory and time ---------------------------------------------------------------------------
+
+
+def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    inputs, targets = batch
+    if isinstance(inputs, dict):
+        return {k: v.to(device) for k, v in inputs.items()}, targets.to(device)
+    return inputs.to(device), targets.to(device)
+
+
+def fixed_batch(name: str, task: Any, model: Any) -> tuple[Any, Tensor]:
+    """The longest texts of the training split; any images."""
+    batches = list(loaders_of(name, task, model, 0, plainly=True).train)
+    if name == "text":
+        return max(batches, key=lambda batch: batch[0]["input_ids"].numel())
+    return batches[0]
+
+
+class Stepper:
+    """A method on one fixed batch, one step at a time."""
+
+    def __init__(self, name: str, method: str, device: torch.device) -> None:
+        task = load(name, 0)
+        self.model: Any = build(task, SETTINGS[name], method, 0).to(device).train()
+        self.batch = on_device(fixed_batch(name, task, self.model), device)
+        self.config = tl.TrainConfig(lr=1e-5, num_steps=1_000, precision="fp32")
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.method, self.steps = method, SETTINGS[name].steps
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.penalty: Callable[[Any], Any] = orthogonality if method == ADALORA else lambda _: 0.0
+
+    def loss(self) -> Tensor:
+        inputs, targets = self.batch
+        logits = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+        return F.cross_entropy(logits, targets) + self.penalty(self.model)
+
+    def finish(self, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        if self.method == ADALORA:  # always a step in which the budget is shared out
+            self.model.base_model.update_and_allocate(self.steps // 3)
+
+    def __call__(self) -> None:
+        self.finish(self.loss())
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def counted(name: str, method: str) -> dict[str, int]:
+    """Bytes by kind, from the tensors of one step in float32."""
+    step = Stepper(name, method, torch.device("cpu"))
+    own = {x.untyped_storage().data_ptr() for x in step.model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = step.loss()
+    activations = sum(size for place, size in kept.items() if place not in own)
+    step.finish(loss)
+    states = list(step.optimizer.state.values())
+    if method == ADALORA:  # three running numbers for each trained one, to judge importance
+        judge = step.model.base_model.rankallocator
+        states += [judge.ipt, judge.exp_avg_ipt, judge.exp_avg_unc]
+    return {
+        "weights": num_bytes(step.model.parameters()),
+        "gradients": num_bytes(p.grad for p in step.trained if p.grad is not None),
+        "state": num_bytes(x for s in states for x in s.values() if x.ndim > 0),
+        "activations": activations,
+        "trainable": count_parameters(step.model).trainable,
+        "total": count_parameters(step.model).total,
+    }
+
+
+def peak(name: str, method: str) -> dict[str, float]:
+    """Growth of resident memory by a model and two steps, in this fresh process, in bytes."""
+    if torch.cuda.is_available():
+        step = Stepper(name, method, torch.device("cuda"))
+        step()
+        step()
+        return {"peak": torch.cuda.max_memory_allocated()}
+    # Once small, so that libraries are loaded before the count begins.
+    nn.Linear(4, 4)(torch.zeros(2, 4)).sum().backward()
+    load(name, 0), tl.load_backbone(SETTINGS[name].backbone)
+    before = resident()[0]
+    step = Stepper(name, method, torch.device("cpu"))
+    step()
+    step()
+    return {"peak": resident()[1] - before}
+
+
+def resident() -> tuple[int, int]:
+    """Resident memory now and at its peak, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        size *= 1 if sys.platform == "darwin" else 1024
+        return size, size
+    fields = dict(line.split(":", 1) for line in lines)
+    now, most = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def in_own_process(run: Run) -> dict[str, float]:
+    command = [sys.executable, __file__, "--peak", run.task, run.method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step_times(name: str, _: int) -> dict[str, float]:
+    """Median seconds of a step of each method; the methods take turns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steppers = {method: Stepper(name, method, device) for method in SETTINGS[name].rates}
+    times: dict[str, list[float]] = {method: [] for method in steppers}
+    precision = torch.bfloat16 if SETTINGS[name].precision == "bf16" else torch.float32
+    for turn in range(STEPS_OF_A_ROUND + 2):  # the first two are not counted
+        for method, step in steppers.items():
+            clock = time.process_time
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                clock = time.perf_counter
+            start = clock()
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[method].append(clock() - start)
+    return {method: float(np.median(values)) for method, values in times.items()}
+
+
+# --- everything --------------------------------------------------------------------------------
+
+
+def perform(run: Run) -> dict[str, Any]:
+    if run.part == "accuracy":
+        return accuracy(run)
+    if run.part == "memory":
+        return counted(run.task, run.method)
+    if run.part == "rss":
+        return in_own_process(run)
+    return step_times(run.task, run.draw)
+
+
+class Notebook:
+    """Results by run, in a file to which every worker appends a line at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # what was cut short must not spoil the next line
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+            try:
+                key, result = json.loads(line)
+            except ValueError:  # cut short when it was stopped
+                continue
+            self.found[key] = result
+
+    def all_of(self, runs: list[Run], workers: int) -> list[dict[str, Any]]:
+        left = [run for run in runs if key_of(run) not in self.found]
+        noted = side_by_side(Noted(self.path), left, workers)
+        for run, result in zip(left, noted, strict=True):
+            self.found[key_of(run)] = result
+            shown = result.get("accuracy", result.get("peak", ""))
+            print(run.part, run.task, run.method, run.draw, f"{run.lr:g}", shown, flush=True)
+        return [self.found[key_of(run)] for run in runs]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """``perform``, and a line in the file."""
+
+    path: Path
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        result = perform(run)
+        line = json.dumps([key_of(run), result]) + "\n"
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+        return result
+
+
+def key_of(run: Run) -> str:
+    """Names the run and everything that was set; other settings are other runs."""
+    rates = {name: {**vars(s), "rates": None} for name, s in SETTINGS.items()}
+    known = [rates[run.task], HEAD_LR, HEAD_C, RANK, ALPHA, HIGH_RANK, INIT_RANK, ORTHOGONAL]
+    known += [BOTTLENECK, VIRTUAL_TOKENS, STEPS_OF_A_ROUND]
+    sign = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{run.part}|{run.task}|{run.method}|{run.draw}|{run.lr:g}|{sign}"
+
+
+def measure(name: str, notebook: Notebook, workers: int) -> dict[str, Any]:
+    """Everything about one task."""
+    methods = list(SETTINGS[name].rates)
+    counts = notebook.all_of([Run("memory", name, m) for m in methods], 1)
+    trials = [
+        Run("accuracy", name, m, TUNING_DRAW, lr) for m in methods for lr in SETTINGS[name].rates[m]
+    ]
+    tuning: dict[str, dict[str, float]] = {}
+    for run, found in zip(trials, notebook.all_of(trials, workers), strict=True):
+        tuning.setdefault(run.method, {})[f"{run.lr:g}"] = found["accuracy"]
+    # Of rates that are equally good, the one in the middle, if it is among them, else the lower.
+    chosen = {m: choose(by_rate) for m, by_rate in tuning.items()}
+    runs = [
+        Run("accuracy", name, m, draw, chosen.get(m, 0.0)) for draw in range(DRAWS) for m in methods
+    ]
+    results = dict(zip(runs, notebook.all_of(runs, workers), strict=True))
+    by_method = {m: [results[run] for run in runs if run.method == m] for m in methods}
+    rounds = notebook.all_of([Run("time", name, "all", n) for n in range(ROUNDS)], 1)
+    # The growth by GlyphNet, a few MB, is less than what libraries and allocator add by chance.
+    repeats = RSS_REPEATS if name == "text" else 0
+    peaks = [Run("rss", name, m, n) for n in range(repeats) for m in methods]
+    resident_peaks = dict(zip(peaks, notebook.all_of(peaks, 1), strict=True))
+    setting = SETTINGS[name]
+    return {
+        "scores": {m: [found["accuracy"] for found in by_method[m]] for m in methods},
+        "train_loss": {m: [found["train_loss"] for found in by_method[m]] for m in methods},
+        "lr": chosen,
+        "tuning": tuning,
+        "trainable": {m: c["trainable"] for m, c in zip(methods, counts, strict=True)},
+        "total": {m: c["total"] for m, c in zip(methods, counts, strict=True)},
+        "saved": {m: [found["saved"] for found in by_method[m]] for m in methods},
+        "bytes": {
+            m: {k: v for k, v in c.items() if k not in ("trainable", "total")}
+            for m, c in zip(methods, counts, strict=True)
+        },
+        "peak_growth_bytes": {
+            m: [found["peak"] for run, found in resident_peaks.items() if run.method == m]
+            for m in methods
+        },
+        "step_seconds": {m: [found[m] for found in rounds] for m in methods},
+        "does_not_apply": DOES_NOT_APPLY.get(name, {}),
+        "settings": {k: v for k, v in vars(setting).items() if k != "rates"},
+    }
+
+
+def choose(by_rate: dict[str, float]) -> float:
+    rates = sorted(by_rate, key=float)
+    best = [rate for rate in rates if by_rate[rate] == max(by_rate.values())]
+    return float(rates[1] if rates[1] in best else best[0])
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, and the GPU if there is one."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor, "cores": core_count(), "gpu": gpu, "system": platform.system(),
+        "memory_gb": round(memory_bytes()[0] / 1e9), "threads_of_a_run": 1,
+    }  # fmt: skip
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    artifacts = (repo_root() or Path()) / "artifacts"
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--out", type=Path, default=data_dir() / "results" / "bake_off.json")
+    parser.add_argument("--resume", type=Path, default=artifacts / "bake_off.jsonl")
+    parser.add_argument("--peak", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    torch.set_num_threads(1)
+    if options.peak:
+        print(json.dumps(peak(*options.peak)))
+        return
+
+    notebook, workers = Notebook(options.resume), options.workers or default_workers()
+    tasks = {name: measure(name, notebook, workers) for name in ("vision", "text")}
+    packages = {name: metadata.version(name) for name in ("peft", "transformers")}
+    content = {
+        "command": "python benchmarks/bake_off.py",
+        "machine": machine(),
+        "versions": versions() | packages,
+        "settings": {
+            "draws": DRAWS, "head_lr": HEAD_LR, "head_C": HEAD_C, "rank": RANK, "alpha": ALPHA,
+            "rank_of_rslora": HIGH_RANK, "adalora": [INIT_RANK, RANK],
+            "bottleneck": BOTTLENECK, "virtual_tokens": VIRTUAL_TOKENS, "rounds": ROUNDS,
+            "steps_of_a_round": STEPS_OF_A_ROUND, "peak_repeats": RSS_REPEATS,
+        },
+        "tasks": tasks,
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for found in tasks.values():
+        print(Comparison(found["scores"]).table(FULL), flush=True)
+    options.resume.rename(options.resume.with_suffix(".done.jsonl"))
+
+
+if __name__ == "__main__":
+    main()
