@@ -218,6 +218,17 @@ def test_constant_features_do_no_harm() -> None:
     np.testing.assert_allclose(wide.logits(widened(test).features), plain.logits(test.features))
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-32])
+def test_dead_features_get_no_weight_that_a_head_could_not_bear(size: float) -> None:
+    """Such a head's gradients, clipped together with all others, would stop the training."""
+    train = blobs(10)
+    noise = np.random.default_rng(0).normal(0, size, (len(train.targets), 1)).astype(np.float32)
+    wide = Features(np.hstack([train.features, noise]), train.targets)
+    plain, dead = (tl.linear_probe(part, part, c_grid=[1.0]) for part in (train, wide))
+    np.testing.assert_allclose(dead.weight[:, -1], 0, atol=1e-6)
+    np.testing.assert_allclose(dead.weight[:, :-1], plain.weight, rtol=1e-4, atol=1e-6)
+
+
 def test_test_set_does_not_decide_anything() -> None:
     train, test = blobs(8), blobs(30, seed=1)
     shuffled = Features(test.features, test.targets[::-1].copy())

@@ -357,9 +357,13 @@ def _checked_grid(c_grid: Sequence[float]) -> tuple[float, ...]:
 
 
 def _deviation(raw: np.ndarray) -> np.ndarray:
-    """Standard deviation of each column, shape (D,); 1 for a constant one."""
+    """Standard deviation of each column, shape (D,); 1 for a constant or a dead one.
+
+    A dead column (three of MiniLM's are: 1e-9, 1e-32) would get weights that no head survives.
+    """
     scale = raw.std(axis=0)
-    scale[scale <= 1e-9 * np.abs(raw).max(axis=0)] = 1.0
+    constant = scale <= 1e-9 * np.abs(raw).max(axis=0)
+    scale[constant | (scale <= 1e-6 * scale.max())] = 1.0
     return scale
 
 
