@@ -80,7 +80,9 @@ def load(name):
     if not name.startswith("hf:"):
         return model, load_tokeniser(name).tokenizer
     repository, _, revision = name.removeprefix("hf:").partition("@")
-    return model, AutoTokenizer.from_pretrained(repository, revision=revision or "main")
+    # Texts are cut into blocks further down, so none is too long for the tokenizer.
+    options = {"revision": revision or "main", "model_max_length": 10**6}
+    return model, AutoTokenizer.from_pretrained(repository, **options)
 
 
 # %%
@@ -468,7 +470,10 @@ for style, x in test.items():
         print(f"{style:6} {kind:9}  {band!s:24} {math.exp(band.mean):7.0f}")
 
 # %% [markdown]
-# (Intervals over the blocks, as if they were independent.) @@BASELINES@@
+# (Intervals over the blocks, as if they were independent.) **Guess 1.** On documentation `docgpt` is as undecided as a die
+# with 85 sides, where the shares of the tokens alone leave 911. On code it has 645, and *counting tokens is five times
+# better* (126): the network is sure of English, and what comes is not English. It has read about Python and not
+# Python.
 #
 # ### When the tokens differ
 #
@@ -497,7 +502,9 @@ for style, bytes_ in texts.items():
 #
 # $$\text{bits per byte} = \frac{\text{nats per token}}{\ln 2 \cdot \text{bytes per token}} .$$
 #
-# @@BYTES@@ In this lesson the tokenizer stays the same, so from here on nats per token will do. Whoever compares
+# On documentation `docgpt` needs 1.82 bits for a byte, and counting 4.59. On code the two are alike (4.68 and 4.62), though one
+# perplexity is 645 and the other 25. And a token of code has only 2 bytes, one of documentation 3.5: these tokens were
+# made for English. In this lesson the tokenizer stays the same, so from here on nats per token will do. Whoever compares
 # `docgpt` with GPT-2 must use bits per byte.
 #
 # ## Writing
@@ -671,7 +678,9 @@ for kind, choose in ways.items():
     show(tokenizer.decode(write(model, prompt, 50, choose)[0][0, 1:]))
 
 # %% [markdown]
-# @@SAMPLES@@
+# Greedy goes in circles. At $T = 0.5$ and $1$ there are sentences that could stand in a manual, on functions that do not
+# exist. At $T = 2$ it is salad. This is what 2.6 million weights can do; larger networks differ in what they know, not in
+# how they are sampled.
 #
 # How probable are these texts, for the network itself? Take 12 openings of test docstrings. Let the network go on, greedily and at $T = 1$, and
 # compare with what the authors wrote. Measure nats per token, and how many of the runs of three tokens had occurred before
@@ -705,7 +714,8 @@ assert price["greedy"].high < price["people"].low and again["greedy"].low > agai
 assert abs(price["T = 1"].mean - price["people"].mean) < 1.5
 
 # %% [markdown]
-# **Guess 3.** Far more probable, and worse. @@GREEDY@@ People do not write the most probable text. (Holtzman et al. 2019 show
+# **Guess 3.** Far more probable, and worse. Greedy text costs 1.34 nats per token, that of people 4.32, and two thirds
+# of its runs of three tokens were there before. People do not write the most probable text. (Holtzman et al. 2019 show
 # this for large models.) At $T = 1$ the samples are about as surprising as real text, and that is what the training asked for:
 # draw from the distribution, and its surprise is its entropy.
 #
@@ -888,4 +898,262 @@ print("chosen rates:", recorded["lr"])
 for style, comparison in scores.items():
     print(f"\n{style}: before {before[style]:.3f} nats per token (perplexity {math.exp(before[style]):.0f})")
     print(comparison.table(reference="full fine-tuning"))
-# @@REST@@
+
+# %% [markdown]
+# In one picture, as perplexities. The dashed line is the pre-trained network.
+
+# %%
+fig, axes = tl.plots.subplots(1, 2, figsize=(9.5, 3.2), sharey=True)
+told = []
+for ax, style, title in zip(axes, ("code", "docs"), ("learned: code", "forgotten: docs")):
+    bands = {arm: scores[style].interval(arm) for arm in scores[style].scores}
+    bands = {arm: np.exp([band.mean, band.low, band.high]) for arm, band in bands.items()}
+    tl.plots.plot_intervals(bands, "perplexity", math.exp(before[style]), ax=ax)
+    ax.set_xscale("log")
+    ax.set(title=title)
+    told += [f"{style}, {arm} {band[0]:.0f}" for arm, band in bands.items()]
+axes[0].set_xticks([20, 50, 100, 200, 500], [20, 50, 100, 200, 500])
+axes[1].set_xticks([100, 200, 500, 1000, 2000], [100, 200, 500, 1000, 2000])
+for ax in axes:
+    ax.minorticks_off()
+tl.plots.alt(fig, "Perplexities; before: code 600, docs 85. " + "; ".join(told))
+
+# %% [markdown]
+# ### Who learned most?
+
+# %%
+code, docs = scores["code"], scores["docs"]
+pairs = [("LoRA", "full fine-tuning"), ("prefix tuning", "LoRA"), ("prefix tuning", "from random weights")]
+pairs += [("from random weights", "full fine-tuning"), ("full with replay", "full fine-tuning")]
+print("nats per token".ljust(42) + "on code".ljust(26) + "on docs")
+for a, b in pairs:
+    print(f"{a} minus {b}".ljust(42) + f"{code.difference(a, b)!s:26}{docs.difference(a, b)}")
+unigram_code = recorded["baselines"]["unigram_code"]
+print(f"\nbefore: code {before['code']:.2f}, unigram {unigram_code:.2f}, docs {before['docs']:.2f}")
+
+# %% [markdown]
+# @@LEARNED: numbers of the five draws; the text below was written from draw 0 alone and must be checked@@
+#
+# **Guess 4, learning.** The more numbers are trained, the more is learned: full, LoRA, prefix. All of them now beat
+# counting, which was better than the network before.
+#
+# **Guess 4, forgetting.** With the adapter *on*, LoRA and the prefix forget as much as full fine-tuning, or more. That the
+# old weights are still in the file does not help the model that runs. Nothing is forgotten only where the adapter is off.
+#
+# **Guess 5.** Pre-training on prose is worth nearly a nat per token on code, if all weights may move. A prefix on the
+# pre-trained network is no better than random weights, trained in full.
+#
+# **Replay** is the cheap remedy. Two old blocks in eight cost hardly anything on code, and give most of the old style back. It
+# needs the old text, which not everyone has.
+
+# %%
+for a, b, low in (("LoRA", "full fine-tuning", 0.1), ("prefix tuning", "LoRA", 0.2),
+                  ("from random weights", "full fine-tuning", 0.5)):  # fmt: skip
+    assert code.difference(a, b).low > low
+assert all(docs.interval(arm).low > before["docs"] + 0.4 for arm in ("full fine-tuning", "LoRA", "prefix tuning"))
+assert docs.difference("full with replay", "full fine-tuning").high < -0.3
+assert code.difference("full with replay", "full fine-tuning").high < 0.25
+assert code.interval("full fine-tuning").high < unigram_code < before["code"]
+
+# %% [markdown]
+# ### Learning and forgetting, traded
+#
+# One point per arm is not the whole story. A smaller rate learns less and forgets less. And one can stop on the way: take
+# weights *between* the pre-trained and the adapted ones, $\theta_0 + a\,(\theta - \theta_0)$ with $0 \le a \le 1$ (lesson 08; for LoRA
+# that is $a B$ in place of $B$). Each way gives a curve. Further down and further left is better.
+
+# %%
+shares = recorded["settings"]["shares"]
+
+
+def line(arm, draw):
+    """Losses on (code, docs) from the pre-trained model to the adapted one, shape (5, 2)."""
+    found = recorded["runs"][arm][draw]
+    stops = [before, *(found["line"][f"{share:g}"] for share in shares), found]
+    return np.array([[stop["code"], stop["docs"]] for stop in stops])
+
+
+lines = {a: np.mean([line(a, d) for d in range(5)], axis=0) for a in ("full fine-tuning", "LoRA")}
+
+# %% jupyter={"source_hidden": true}
+fig, (left, right) = tl.plots.subplots(1, 2, figsize=(9.8, 4.0), sharey=True)
+looks = dict(zip(recorded["runs"], zip(tl.plots.palette, tl.plots.markers)))
+for arm, (color, marker) in looks.items():
+    x, y = code.interval(arm), docs.interval(arm)
+    if arm != "from random weights":
+        left.errorbar(
+            x.mean, y.mean, xerr=[[x.mean - x.low], [x.high - x.mean]],
+            yerr=[[y.mean - y.low], [y.high - y.mean]], color=color, marker=marker, capsize=3, ls="",
+            label=arm,
+        )  # fmt: skip
+    if arm in lines:
+        left.plot(*lines[arm].T, color=color, lw=1, ls="-", marker=".", ms=4)
+    if arm in recorded["tuning"] and arm != "from random weights":
+        tried = np.array([[r["code"], r["docs"]] for r in recorded["tuning"][arm].values()])
+        right.plot(*tried.T, color=color, marker=marker, ls=":", label=arm)
+        for (a, b), rate in zip(tried, recorded["tuning"][arm]):
+            right.annotate(f" {float(rate):g}", (a, b), fontsize=8, color=color)
+for ax, start, title in ((left, before, "test, part of the way"),
+                         (right, recorded["before"]["val"], "validation, other rates")):  # fmt: skip
+    ax.plot(start["code"], start["docs"], "k*", ms=9, label="before")
+    ax.set(xlabel="loss on code (nats per token)", title=title)
+left.set_ylabel("loss on docs (nats per token)")
+right.legend(fontsize=9)
+words = "Loss on code against loss on docs. Left: replay is lowest; the line of full fine-tuning lies below "
+tl.plots.alt(fig, words + "that of LoRA; the prefix is up and right. Right: larger rates go up, and at first left.")
+
+# %% [markdown]
+# To compare two curves, compare them where they have learned *the same*: on the line of full fine-tuning, find the loss on
+# docs at the place where its loss on code is that of LoRA, by linear interpolation, draw by draw.
+
+# %%
+at_equal, halfway = [], []
+for draw in range(5):
+    full_line, lora_end = line("full fine-tuning", draw), line("LoRA", draw)[-1]
+    same = np.interp(lora_end[0], full_line[::-1, 0], full_line[::-1, 1])
+    at_equal.append(lora_end[1] - same)
+    share_learned, share_forgotten = (full_line[0] - full_line[2]) / (full_line[0] - full_line[-1])
+    halfway.append([share_learned, share_forgotten])
+print("docs, LoRA minus full at the same loss on code:", mean_interval(at_equal))
+for word, values in zip(("learned", "forgotten"), np.transpose(halfway)):
+    print(f"half of the way: share of what the whole way has {word}: {mean_interval(values)}")
+assert mean_interval(at_equal).low > 0.1
+assert mean_interval([a - b for a, b in halfway]).low > 0.3
+
+# %% [markdown]
+# @@TRADE: numbers of the five draws; written from draw 0 and the tuning draw@@ Where LoRA and full fine-tuning have learned the same, LoRA has forgotten *more*. Small
+# networks that have to go far may well need many directions (lesson 12: what is not of low rank costs), but that is a guess;
+# Biderman et al. find the same curve for both, with 7 billion weights.
+#
+# And half of the way has most of the learning, at a small part of the forgetting. It costs nothing but the old weights.
+#
+# ### What they write
+#
+# From the first draw, seed 0, temperature 0.8, no cuts, not chosen and not edited. First as code, then as documentation.
+
+# %%
+written_by = {"before": recorded["before_samples"]}
+written_by |= {arm: runs[0]["samples"] for arm, runs in recorded["runs"].items()}
+for style, prompt_text in recorded["settings"]["prompts"].items():
+    print(f"--- {style}, begins with {prompt_text!r}")
+    for arm, samples in written_by.items():
+        print(f"{arm}:")
+        show(samples[style].replace("<|end|>", tokenizer.eos_token))
+
+# %% [markdown]
+# What full fine-tuning writes has the shape of code: `def`, `self`, indents, `return`. It is not code: names are torn, brackets stay
+# open. LoRA and the prefix write worse, as their losses say. Asked for documentation, all but the arm with replay answer with code.
+# Look how far a loss of 2.9 nats is from a program.
+#
+# ## Where it fails
+#
+# **Perplexity is not truth.** It says how surprised the network is. A fluent false sentence has a low perplexity. So has
+# text that the network has read: what is in the pre-training data must not be in the test. (`docgpt` never saw the
+# standard library. What GPT-2 or a model of today has read, nobody can tell you, and Python's library is
+# surely among it: with such a model call the code *not new*.)
+#
+# **One number for two things.** "Fine-tuned, loss fell" says nothing about what was lost. It costs one more evaluation
+# to know.
+#
+# **Small.** 2.6 million weights, 80 steps, one pair of styles, one test text. The intervals are over draws of the training
+# text. They say nothing about other models. Biderman et al. (2024), with 7 billion weights and much more
+# text, found that LoRA learns less and forgets *less* (section 4.2).
+#
+# **A prefix takes room**: 16 of the 256 places, and its keys take attention from the text.
+#
+# **Merging.** A LoRA that was folded into the weights cannot be switched off any more.
+#
+# ## Explorer: temperature
+#
+# The next token after a prompt, and one text from it. What does the temperature do where the network is sure, and where it is not?
+# At which temperature does the text stop being one?
+
+# %%
+openings = {
+    "Return the sum": "Return the sum",
+    "If True, the": "If True, the",
+    "Raises an error if the": "Raises an error if the",
+    "def close(self): (adapted)": "def close(self):\n    ",
+}
+
+
+# %% jupyter={"source_hidden": true}
+def draw(opening, temperature, top, cut):
+    writer = adapted["full fine-tuning"] if "adapted" in opening else adapted["before"]
+    ids = torch.tensor([[end, *tokenizer(openings[opening])["input_ids"]]], device=run.device)
+    choose = sample(temperature, k=min(top, V), p=cut)
+    torch.manual_seed(0)
+    text, rows, _ = write(writer, ids, 40, choose)
+    cool, warm = rows[0, 0].softmax(dim=0), (rows[0, 0] / temperature).softmax(dim=0)
+    kept = top_p(top_k(rows[0] / temperature, min(top, V)), cut)[0].isfinite()
+    best = cool.topk(15).indices
+    fig, ax = tl.plots.subplots(figsize=(9, 3.6))
+    places = np.arange(15)
+    ax.bar(places - 0.2, cool[best].cpu(), 0.4, color="lightgrey", label="temperature 1")
+    colors = [BLUE if kept[i] else ORANGE for i in best]
+    ax.bar(places + 0.2, warm[best].cpu(), 0.4, color=colors, label=f"temperature {temperature:g}")
+    ax.set_xticks(places, [tokenizer.decode([i]).strip() or "␣" for i in best.tolist()], rotation=50)
+    ax.set(ylabel="probability", ylim=(0, 1))
+    ax.legend()
+    die = entropy(rows[0, 0] / temperature).exp().item()
+    ax.set_title(f"a die with {die:.0f} sides; {int(kept.sum())} of {V:,} tokens can be drawn", fontsize=10)
+    written = tokenizer.decode(text[0, 1:]).replace(tokenizer.eos_token, " ⏎ ").replace("\n", "↵")
+    lines_ = [written[i : i + 105] for i in range(0, len(written), 105)]
+    fig.supxlabel("\n".join(lines_).replace("$", r"\$"), fontsize=9, x=0.02, ha="left", family="monospace")
+    tl.plots.alt(fig, f"15 most probable tokens at temperature {temperature:g}. Text: {written}")
+
+
+# %%
+tl.widgets.explore(
+    draw,
+    opening=tl.widgets.choice(list(openings), label="text begins"),
+    temperature=tl.widgets.slider(0.1, 3.0, 0.1, value=1.0),
+    top=tl.widgets.choice([1, 5, 20, 100, ("all", 10**6)], value=10**6, label="top-k", drag=True),
+    cut=tl.widgets.slider(0.5, 1.0, 0.05, value=1.0, label="top-p"),
+)
+
+# %% [markdown]
+# (Blue can be drawn, orange is cut off.)
+#
+# ## Quiz
+
+# %%
+tl.quiz("15")
+
+# %% [markdown]
+# ## Exercise
+#
+# [Generation: the exercise](../exercises/15_generation.ipynb) asks for a loss in two currencies, attention behind a cache, the
+# probabilities that a token is drawn from, and a gradient when some targets do not count; at the end you judge a report.
+#
+# ## Papers
+#
+# - Radford, Wu, Child, Luan, Amodei and Sutskever 2019, *Language models are unsupervised multitask learners*,
+#   section 2 (GPT-2).
+# - Vaswani et al. 2017, *Attention is all you need*, section 3.2.3 (the causal mask), arXiv:1706.03762.
+# - Holtzman, Buys, Du, Forbes and Choi 2019, *The curious case of neural text degeneration*, section 3.1 (top-p),
+#   arXiv:1904.09751.
+# - Fan, Lewis and Dauphin 2018, *Hierarchical neural story generation*, section 5.4 (top-k), arXiv:1805.04833.
+# - Sennrich, Haddow and Birch 2015, *Neural machine translation of rare words with subword units*, section 3.2,
+#   arXiv:1508.07909 (byte-pair encoding, from which GPT-2's tokens come).
+# - Hu et al. 2021, *LoRA*, section 4.1, arXiv:2106.09685; Li and Liang 2021, *Prefix-tuning*, section 4,
+#   arXiv:2101.00190.
+# - Biderman et al. 2024, *LoRA learns less and forgets less*, sections 4.1 to 4.3, arXiv:2405.09673.
+# - Wortsman et al. 2021, *Robust fine-tuning of zero-shot models* (WiSE-FT), section 3, arXiv:2109.01903.
+#
+# ## Glossary
+#
+# | term | meaning | Chinese |
+# |---|---|---|
+# | decoder | network whose outputs see only what came before | 解码器 |
+# | causal mask | what hides the future in attention | 因果掩码 |
+# | negative log-likelihood | minus the logarithm of the probability of the data | 负对数似然 |
+# | perplexity | exp of the loss per token; sides of a fair die | 困惑度 |
+# | bits per byte | loss per byte of text, whatever the tokens | 每字节比特数 |
+# | greedy decoding | always the most probable token | 贪心解码 |
+# | temperature | what logits are divided by before a draw | 温度 |
+# | top-k, top-p (nucleus) | draw from the k most probable, or from the first that reach p | 前 k 采样，核采样 |
+# | KV cache | keys and values kept from step to step | 键值缓存 |
+# | tied weights | one matrix in two places | 权重共享 |
+# | forgetting | loss on the old task after training on a new one | 遗忘 |
+# | replay | old examples mixed into new batches | 重放 |
