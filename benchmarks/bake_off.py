@@ -31,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,10 @@ from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir, repo_root
 from tlcourse.machine import core_count, memory_bytes
 from tlcourse.parallel import default_workers, side_by_side
-from tlcourse.probing import Features
 from tlcourse.prompts import PrefixTuning, PromptTuning
 from tlcourse.text import load_text_task
 from tlcourse.train import make_optimizer
+from tlcourse.training_memory import num_bytes, saved_for_backward
 
 DRAWS, TUNING_DRAW, HEAD_LR, HEAD_C = 5, 1_000, 1e-3, 0.01
 RANK, ALPHA, HIGH_RANK = 8, 16.0, 32
@@ -257,25 +257,13 @@ def load(name: str, draw: int) -> Any:
 # --- accuracy --------------------------------------------------------------------------------
 
 
-def without_dead(known: Features) -> Features:
-    """Features that hardly vary, set to zero, so that the probe gives them no weight.
-
-    Two features of MiniLM are about 1e-33 (their last layer normalisation has such a scale). A
-    probe that standardises would divide by that: a weight of 1e30 in the head, harmless in the
-    logits, but not in the gradient of that layer normalisation. Clipped to a norm of 1, no
-    other gradient would be left.
-    """
-    spread = known.features.std(axis=0, dtype=np.float64)
-    return replace(known, features=np.where(spread > 1e-6 * np.median(spread), known.features, 0))
-
-
 def accuracy(run: Run) -> dict[str, Any]:
     """Accuracy on validation (tuning draw) or test (the others)."""
     setting, task = SETTINGS[run.task], load(run.task, run.draw)
     model = build(task, setting, run.method, run.draw)
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
         train = loaders_of(run.task, task, model, run.draw, plainly=True).train
-        known = without_dead(tl.extract_features(plain(model).backbone, train))
+        known = tl.extract_features(plain(model).backbone, train)
     tl.linear_probe(known, known, c_grid=(HEAD_C,)).copy_to(head_of(model))
     loaders = loaders_of(run.task, task, model, run.draw)
     start, losses = time.process_time(), []
@@ -359,23 +347,10 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 def counted(name: str, method: str) -> dict[str, int]:
     """Bytes by kind, from the tensors of one step in float32."""
     step = Stepper(name, method, torch.device("cpu"))
-    own = {x.untyped_storage().data_ptr() for x in step.model.state_dict().values()}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = step.loss()
-    activations = sum(size for place, size in kept.items() if place not in own)
+    activations, loss = saved_for_backward(step.model, step.loss)
     step.finish(loss)
     states = list(step.optimizer.state.values())
     if method == ADALORA:  # three running numbers for each trained one, to judge importance

@@ -31,14 +31,12 @@ from tlcourse.comparing import Comparison, versions
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir
 from tlcourse.parallel import side_by_side
-from tlcourse.probing import Features
 
 PROBE, HEAD, BITFIT, FULL = "probe", "head only", "BitFit", "full fine-tuning"
 TRAINED = (BITFIT, FULL)
 ONE_RATE = {arm: f"{arm}, one rate" for arm in TRAINED}  # that of the largest number of labels
 ARMS = (PROBE, HEAD, *TRAINED, *ONE_RATE.values())
 TUNING_DRAWS = (1_000, 1_001)
-DEAD = 1e-6  # features that spread less than this are silent: MiniLM has three
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,6 @@ def start(backbone: nn.Module, plain: Any) -> nn.Module:
     with torch.autocast("cpu", torch.bfloat16):
         train, val = (tl.extract_features(backbone, part) for part in (plain.train, plain.val))
     model = tl.Classifier(backbone, int(train.targets.max()) + 1)
-    dead = train.features.std(axis=0) < DEAD  # standardised, they would get weights of 1e30
-    train, val = (Features(np.where(dead, 0, x.features), x.targets) for x in (train, val))
     tl.linear_probe(train, val, val).copy_to(model.head)
     return model
 

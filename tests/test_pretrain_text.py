@@ -29,7 +29,7 @@ def blocks(num=64, width=32):
     return ids, tokenizer
 
 
-def test_masking_has_the_shares_of_the_paper_and_spares_special_tokens():
+def test_masking_has_its_share_and_the_kinds_of_the_paper_and_spares_special_tokens():
     ids, tokenizer = blocks(2_000)
     loader = MaskedBlocks(ids, tokenizer, 2_000, seed=0)
     inputs, targets = loader.hide(ids, torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@
 # **You need** lessons 03 (the gradient of cross-entropy) and 05 (probes on frozen features). **Time**
 # about 80 minutes; the notebook itself runs in under a minute on two cores.
 #
-# **Expected result.** At 16 labels per topic, the frozen features of MiniLM reach .70 [.63, .78] and word
+# **Expected result.** At 16 labels per topic, the frozen features of MiniLM reach .69 [.63, .75] and word
 # counts .55 [.49, .61]. Fine-tuning MiniLM gives no more than its frozen features there, and the same
 # architecture from random weights .36 [.27, .45]. A small BERT that read for half an hour on one core
 # is .13 [.04, .21] better than from random weights.
@@ -534,15 +534,14 @@ print("Python", recorded["versions"]["python"], " torch", recorded["versions"]["
 arms = list(recorded["counts"]["16"]["scores"])
 print(f"\n{'test accuracy, labels per topic':32}" + "".join(f"{count:>24}" for count in results))
 for arm in arms:
-    cells = [r.interval(arm) if arm in r.scores else "not run" for r in results.values()]
-    print(f"{arm:32}" + "".join(f"{cell!s:>24}" for cell in cells))
+    print(f"{arm:32}" + "".join(f"{result.interval(arm)!s:>24}" for result in results.values()))
 
 # %%
 SHOWN = ["TF-IDF", "MiniLM frozen", "MiniLM", "MiniLM, random init", "docbert", "docbert, random init"]
 fig, ax = tl.plots.subplots(figsize=(8, 4.2))
 for place, arm in enumerate(SHOWN):
-    bands = [result.interval(arm) for result in results.values() if arm in result.scores]
-    x = np.arange(len(bands)) + 0.05 * (place - 2.5)
+    bands = [result.interval(arm) for result in results.values()]
+    x = np.arange(len(results)) + 0.05 * (place - 2.5)
     errors = [[b.mean - b.low for b in bands], [b.high - b.mean for b in bands]]
     style = {"marker": tl.plots.markers[place], "ls": tl.plots.line_styles[place % 4], "capsize": 3}
     ax.errorbar(x, [b.mean for b in bands], yerr=errors, color=tl.plots.palette[place], label=arm, **style)
@@ -556,6 +555,7 @@ tl.plots.alt(ax, "Accuracy over labels with 95 % intervals. " + "; ".join(f"{a} 
 PAIRS = [
     ("MiniLM frozen", "TF-IDF"),
     ("MiniLM", "MiniLM frozen"),
+    ("MiniLM", "MiniLM, random init"),
     ("docbert", "docbert, random init"),
     ("docbert", "TF-IDF"),
 ]
@@ -564,11 +564,9 @@ for a, b in PAIRS:
     for count, result in results.items():
         gains[a, b, count] = result.difference(a, b)
         print(f"{count:>4} labels  {f'{a} minus {b}':38} {gains[a, b, count]}")
-few_random = results["16"].difference("MiniLM", "MiniLM, random init")
-print(f"  16 labels  {'MiniLM minus MiniLM, random init':38} {few_random}")
 
 # %%
-assert few_random.low > 0.15
+assert all(gains["MiniLM", "MiniLM, random init", count].low > 0.03 for count in results)
 assert all(gains["MiniLM frozen", "TF-IDF", count].low > 0.05 for count in ("4", "16"))
 assert all(gains["docbert", "docbert, random init", count].low > 0.02 for count in results)
 assert all(abs(gains["MiniLM", "MiniLM frozen", count].mean) < 0.06 for count in results)
@@ -580,8 +578,8 @@ assert gains["docbert", "TF-IDF", "all"].low > 0.02
 # **Guess 2.** With 16 labels per topic:
 #
 # - *Reading is worth a lot.* MiniLM's architecture from random weights is at chance with 4 labels and not
-#   far above it with 16, though it got twice the steps and its own rate. (With all texts it was not run.)
-#   Frozen, MiniLM beats word counts by some 15 points at 4 and at 16.
+#   far above it with 16, though it got twice the steps and its own rate. With all texts it learns something,
+#   and stays well behind. Frozen, the pre-trained MiniLM beats word counts by some 14 to 18 points at 4 and at 16.
 # - *Fine-tuning MiniLM adds nothing.* At every number of labels the interval of fine-tuned minus frozen
 #   holds 0: a **null**, for these steps and two rates. Try the cheap probe first (lesson 05).
 # - *A little reading is worth a little.* Our small BERT gains some 12 to 17 points over random weights at
@@ -590,8 +588,9 @@ assert gains["docbert", "TF-IDF", "all"].low > 0.02
 # - *With all texts* fine-tuning pays for the small BERT: it passes word counts, which cost nothing, by
 #   7 points. Word counts are a baseline to be beaten before you speak of understanding.
 #
-# In the last column the frozen arms have no interval: all texts are one draw. Both arms of the small BERT
-# chose the larger of their two rates everywhere, and the random MiniLM did at 16; a wider grid might lift them.
+# In the last column the frozen arms have no interval: all texts are one draw. Every fine-tuned arm chose
+# between *two* rates, so each choice is an edge of its grid: the small BERT took the larger everywhere, both
+# starts alike. A wider grid might lift any of these arms, and the null above holds for this budget only.
 #
 # ## Where it fails
 #

@@ -45,6 +45,7 @@ from torch import nn
 # %%
 from tlcourse.backbones import Backbone, Preprocess
 from tlcourse.comparing import Comparison
+from tlcourse.derivatives import finite_differences
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir
@@ -138,21 +139,6 @@ def lora_backward(X, G, W, A, B, s):
 # %% [markdown]
 # Two referees, in float64: finite differences, and autograd. As loss take $L = \sum_{nj} C_{nj} \sin H_{nj}$
 # with random $C$, because then $G = C \cos H$ is not the same everywhere.
-
-
-# %%
-def finite_differences(loss, theta, step=1e-5):
-    """Slope of the loss in each entry of theta, from two losses close by."""
-    slopes = torch.zeros_like(theta)
-    for place in np.ndindex(*theta.shape):
-        kept = theta[place].item()
-        theta[place] = kept + step
-        above = loss()
-        theta[place] = kept - step
-        slopes[place] = (above - loss()) / (2 * step)
-        theta[place] = kept
-    return slopes
-
 
 # %%
 generator = torch.Generator().manual_seed(0)

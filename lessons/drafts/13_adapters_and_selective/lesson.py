@@ -53,9 +53,11 @@ from tlcourse.adapters import (
     train_last_layers,
 )
 from tlcourse.comparing import Comparison
+from tlcourse.derivatives import finite_differences
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir
+from tlcourse.training_memory import num_bytes, saved_for_backward
 
 BLUE, ORANGE, GREEN, PURPLE = tl.plots.palette[:4]
 
@@ -123,30 +125,12 @@ tl.plots.alt(fig, words + "BitFit has every bias; a dashed frame round everythin
 # it keeps for one layer in each case.
 
 
-# %%
-def num_bytes(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def kept_by_autograd(model, forward):
-    """Bytes that a forward pass keeps for the backward pass, weights not counted; and its result."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = forward(model)
-    return sum(size for place, size in kept.items() if place not in own), result
-
-
 # %% tags=["nbval-check-output"]
 X = torch.randn(100, 384)
 for trained in ("weight", "bias"):
     layer = nn.Linear(384, 384).requires_grad_(False)
     getattr(layer, trained).requires_grad_(True)
-    size, H = kept_by_autograd(layer, lambda layer: layer(X))
+    size, H = saved_for_backward(layer, lambda layer=layer: layer(X))
     G = torch.randn(100, 384)
     H.backward(G)
     print(f"only the {trained} is trained: {size:7,} bytes kept (the input has {num_bytes([X]):,})")
@@ -406,21 +390,6 @@ def bottleneck_backward(H, G, D, c, U):
 # %% [markdown]
 # Two referees, in float64: finite differences and autograd, for the bottleneck and for both kinds of (IA)³.
 
-
-# %%
-def finite_differences(loss, theta, step=1e-5):
-    """Slope of the loss in each entry of theta, from two losses close by."""
-    slopes = torch.zeros_like(theta)
-    for place in np.ndindex(*theta.shape):
-        kept = theta[place].item()
-        theta[place] = kept + step
-        above = loss()
-        theta[place] = kept - step
-        slopes[place] = (above - loss()) / (2 * step)
-        theta[place] = kept
-    return slopes
-
-
 # %%
 generator = torch.Generator().manual_seed(0)
 n, i, o, m = 5, 7, 6, 3
@@ -517,9 +486,6 @@ few = {name: x[:32].to(run.device) for name, x in few.items()}
 with torch.no_grad():
     before = minilm.to(run.device)(**few)
 train_features = tl.extract_features(minilm, task.loaders(minilm.preprocess).train)
-dead = train_features.features.std(axis=0) < 1e-6
-print(f"{dead.sum()} of {len(dead)} features are silent: they spread less than a millionth")
-train_features.features[:, dead] = 0  # a probe would blow them up
 probe = tl.linear_probe(train_features, train_features, c_grid=(0.01,))
 said = torch.tensor(probe.logits(before.cpu().numpy())).argmax(dim=1)
 
@@ -738,7 +704,7 @@ def bill_of(way):
     """What one step costs: numbers trained, work of both passes, bytes kept in between."""
     model = way(fresh())
     with FlopCounterMode(display=False) as forward:
-        kept, loss = kept_by_autograd(model, loss_of)
+        kept, loss = saved_for_backward(model, lambda: loss_of(model))
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     return {

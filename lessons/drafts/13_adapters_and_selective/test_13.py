@@ -24,6 +24,7 @@ from tlcourse.adapters import (
 )
 from tlcourse.locations import data_dir
 from tlcourse.questions import load_questions
+from tlcourse.training_memory import saved_for_backward
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "lessons" / "13_adapters_and_selective"
@@ -159,19 +160,9 @@ def test_a_bottleneck_that_starts_at_zero_is_a_bias() -> None:
 
 
 def test_scaling_keeps_what_it_scales_and_a_bias_nothing() -> None:
-    def kept(layer: nn.Module, *trained: str) -> int:
-        own, sizes = {p.untyped_storage().data_ptr() for p in layer.parameters()}, {}
-
-        def keep(x):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        layer.requires_grad_(False)
-        for name in trained:
-            layer.get_parameter(name).requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            layer(torch.randn(10, 32))
-        return sum(size for place, size in sizes.items() if place not in own)
+    def kept(layer: nn.Module, trained: str) -> int:
+        layer.requires_grad_(False).get_parameter(trained).requires_grad_(True)
+        return saved_for_backward(layer, lambda: layer(torch.randn(10, 32)))[0]
 
     ia3 = IA3Linear(nn.Linear(32, 16), IA3Config(target_modules=("x",), feedforward_modules=()))
     assert kept(nn.Linear(32, 16), "weight") == 10 * 32 * 4

@@ -44,6 +44,7 @@ from torch import nn
 
 # %%
 from tlcourse.comparing import Comparison
+from tlcourse.derivatives import finite_differences
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.language_models import Tokeniser, pool_tokens
@@ -381,20 +382,6 @@ def prefix_backward(q, k, v, prefix_k, prefix_v, G):
 # %% [markdown]
 # Two referees, in float64: finite differences and autograd. Queries that point more or less the same
 # way make it easy to turn a key away from all of them.
-
-# %%
-def finite_differences(loss, theta, step=1e-5):
-    """Slope of the loss in each entry of theta, from two losses close by."""
-    slopes = torch.zeros_like(theta)
-    for place in np.ndindex(*theta.shape):
-        kept = theta[place].item()
-        theta[place] = kept + step
-        above = loss()
-        theta[place] = kept - step
-        slopes[place] = (above - loss()) / (2 * step)
-        theta[place] = kept
-    return slopes
-
 
 # %%
 generator = torch.Generator().manual_seed(0)

@@ -57,6 +57,7 @@ from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir
 from tlcourse.prompts import PrefixTuning, PromptTuning
+from tlcourse.training_memory import num_bytes, saved_for_backward
 
 BLUE, ORANGE, GREEN = tl.plots.palette[:3]
 
@@ -518,29 +519,13 @@ assert forgotten[-1].sum() == b_start and penalty > 0.1
 
 
 # %%
-def num_bytes(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def activations_and_loss(model):
-    """Bytes that the forward pass keeps for the backward pass; each storage once."""
-    own, kept = {x.untyped_storage().data_ptr() for x in model.state_dict().values()}, {}
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = F.cross_entropy(model(**batch), targets)
-    return sum(size for place, size in kept.items() if place not in own), loss
-
-
-# %%
 def account(model):
     """Bytes of a training step by kind."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    activations, loss = activations_and_loss(model)
+    activations, loss = saved_for_backward(
+        model, lambda: F.cross_entropy(model(**batch), targets)
+    )
     loss.backward()
     optimizer.step()
     state = [x for entry in optimizer.state.values() for x in entry.values() if x.ndim > 0]
@@ -766,7 +751,8 @@ for name, columns in {"all features": np.ones_like(alive), "without the dead": a
 # the head gets a weight of $10^{30}$. In the logits that is harmless, for it meets a feature of $10^{-33}$. But
 # the gradient of the normalisation that made the feature is multiplied by that weight. And clipping
 # (`max_grad_norm`) divides *all* gradients by the common norm: nothing is left for anybody. No error, no NaN, a
-# smooth loss, a perfect tie. The benchmark now takes dead features out before the probe.
+# smooth loss, a perfect tie. The probe of the library
+# gives dead features no weight.
 #
 # **Look at the training loss of every arm, and distrust results that are too equal.**
 #
