@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def test_every_call_starts_from_the_same_seed(workers: int) -> None:
     expected = torch.rand((), generator=torch.Generator().manual_seed(0)).item()
     assert draws == [expected] * 4
     assert torch.equal(before, torch.get_rng_state()), "the caller's generator goes on unused"
+
+
+def test_a_function_may_use_torch_and_something_called_classes() -> None:
+    # A test's functions go by name, a notebook's by value: this one is made as in a notebook.
+    space = {"__name__": "__main__", "torch": torch, "SimpleNamespace": SimpleNamespace}
+    code = "def f(x): return int(torch.tensor(SimpleNamespace(classes=x).classes))"
+    exec(code, space)
+    assert list(side_by_side(space["f"], range(3), 2)) == [0, 1, 2]
 
 
 def test_one_task_or_one_worker_stays_in_this_process() -> None:

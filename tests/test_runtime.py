@@ -15,6 +15,7 @@ def test_setup_says_what_it_found_in_one_line(capsys, monkeypatch):
     assert capsys.readouterr().out == f"{run}\n"
     assert run.profile == ("full" if run.device.type == "cuda" else "tiny")
     assert run.precision in runtime.PRECISIONS
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_seed_repeats_every_generator():

@@ -271,6 +271,7 @@ def test_sliders_keep_the_kind_of_their_numbers():
     fine = widgets.slider(0.0, 1.0, 0.05, 0.5)
     assert isinstance(fine.value, float) and fine.readout_format == ".2f"
     assert widgets.choice([2, 5, 10], 5, drag=True).value == 5
+    assert widgets.choice([2, 5, 10], drag=True).label == "2", "the first option has its text, too"
     assert widgets.choice([("half", 0.5), ("all", 1.0)]).value == 0.5
 
 

@@ -7,8 +7,10 @@ defined in a notebook.
 
 from __future__ import annotations
 
+import copyreg
+import importlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from joblib import Parallel, cpu_count, delayed
@@ -49,6 +51,15 @@ def side_by_side(
 def default_workers() -> int:
     """One process for each core, at most 4; 1 where there is a GPU (one run keeps it busy)."""
     return 1 if torch.cuda.is_available() else min(4, cpu_count())
+
+
+def _by_name(module: Any) -> tuple[Any, tuple[str]]:
+    return importlib.import_module, (module.__name__,)
+
+
+# A function that uses ``torch`` and any attribute called ``classes`` is sent with the module
+# ``torch.classes``, a special object that pickle cannot take: by its name, then.
+copyreg.pickle(type(torch.classes), _by_name)
 
 
 def _call_on_one_thread(function: Callable[[Argument], Result], argument: Argument) -> Result:

@@ -77,7 +77,8 @@ def choice(
     if value not in values:
         raise ValueError(f"choice: value must be one of {values}, got {value!r}")
     kind = ipywidgets.SelectionSlider if drag else ipywidgets.Dropdown
-    return kind(options=pairs, value=value, description=label)
+    # By index: given the value of the first option, a slider would show no text beside it.
+    return kind(options=pairs, index=values.index(value), description=label)
 
 
 def explore(draw: Callable[..., Any], /, **controls: ipywidgets.Widget) -> None:

@@ -816,13 +816,13 @@ def source_accuracy(frozen):
 
 def moved(before, after):
     """Names of the tensors of two state dicts that are not equal to the last bit."""
-    return [name for name in before if not torch.equal(before[name], after[name])]
+    return [name for name in before if not torch.equal(before[name], after[name].cpu())]
 
 
 # %%
 def train_head_on(frozen):
     """40 steps of a new digit head; returns what moved in the backbone, and its old skill."""
-    before = copy.deepcopy(frozen.state_dict())
+    before = {name: value.cpu().clone() for name, value in frozen.state_dict().items()}
     loaders = task.loaders(20, seed=0)
     model = tl.Classifier(frozen, num_classes=10).to(run.device)
     tl.fit(model, loaders.train, None, replace(config, lr=1e-2))

@@ -302,7 +302,7 @@ for n, (cost, count) in enumerate(zip(costs, weights)):
 # A4B+, full fine-tuning with a new head. We keep it for later.
 
 # %%
-num_draws, num_steps = {"tiny": (5, 80), "full": (10, 300)}[run.profile]
+num_draws, num_steps = {"tiny": (5, 80), "full": (10, 80)}[run.profile]
 
 
 # %%

@@ -101,11 +101,12 @@ def watch(model, task, loader, num_steps, lr=3e-3, every=20):
     """AdamW at a constant rate; step -> log-probabilities of training and validation images."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     batches, seen = itertools.chain.from_iterable(itertools.repeat(loader)), {}
+    device = next(model.parameters()).device
     for step, (images, targets) in zip(range(num_steps + 1), batches):
         if step % every == 0:
             seen[step] = [log_probabilities(model, part) for part in (task.train, task.val)]
         if step < num_steps:
-            F.cross_entropy(model(images.to(run.device)), targets.to(run.device)).backward()
+            F.cross_entropy(model(images.to(device)), targets.to(device)).backward()
             optimizer.step()
             optimizer.zero_grad()
     return seen
@@ -132,7 +133,7 @@ plainly = tl.TrainConfig(
     lr=3e-3, num_steps=20, schedule="constant", weight_decay=0.0, max_grad_norm=None,
     precision="fp32", progress=False,
 )  # fmt: skip
-(_, by_hand), (_, by_fit) = at_the_start(0), at_the_start(0)
+by_hand, by_fit = (at_the_start(0)[1].cpu() for _ in range(2))  # a GPU adds in another order
 watch(by_hand, task, task.loaders(20, augment=False, seed=0).train, 20, every=99)
 tl.fit(by_fit, task.loaders(20, augment=False, seed=0).train, None, plainly)
 for ours, theirs in zip(by_hand.parameters(), by_fit.parameters(), strict=True):

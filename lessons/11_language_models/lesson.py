@@ -445,8 +445,12 @@ minilm = tl.load_backbone("minilm").to(run.device).eval()
 class BothPoolings(torch.nn.Module):
     """One pass of the encoder, two vectors for each text, side by side: (B, 2 * 384)."""
 
+    def __init__(self):
+        super().__init__()
+        self.backbone = minilm
+
     def forward(self, input_ids, attention_mask):
-        h = minilm.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        h = self.backbone.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return torch.cat([pool_tokens(h, attention_mask, how) for how in ("mean", "cls")], dim=1)
 
 
@@ -457,7 +461,7 @@ for part in ("train", "val", "test"):
     tokens = minilm.preprocess(split.texts)
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))  # little filling
     loader = TokenLoader([tokens[row] for row in order], split.targets[order], 64, bucketing=False)
-    both = tl.extract_features(BothPoolings().to(run.device), loader)
+    both = tl.extract_features(BothPoolings(), loader)
     features["mean", part] = replace(both, features=both.features[:, :384])
     features["cls", part] = replace(both, features=both.features[:, 384:])
     row_of |= {split.texts[row]: place for place, row in enumerate(order)}
