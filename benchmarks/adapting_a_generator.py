@@ -16,17 +16,12 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import importlib.util
 import json
 import math
 import random
-import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +30,12 @@ from torch import Tensor, nn
 
 import tlcourse as tl
 from tlcourse.comparing import Comparison, versions
-from tlcourse.docstrings import PACKAGES, docstrings_of, paragraphs
+from tlcourse.docstrings import package_prose
 from tlcourse.evaluation import score
 from tlcourse.freezing import count_parameters
-from tlcourse.language_modelling import NextTokenBlocks, NextTokens
+from tlcourse.language_modelling import NextTokenBlocks, NextTokens, pack
 from tlcourse.language_models import load_generator, load_tokeniser
+from tlcourse.library_code import library_styles
 from tlcourse.locations import data_dir
 from tlcourse.lora import LoRAConfig, LoRALinear, add_lora
 from tlcourse.parallel import default_workers, side_by_side
@@ -66,14 +62,6 @@ NUM_VIRTUAL = 16
 SHARES = (0.25, 0.5, 0.75)  # of the way from the pre-trained to the adapted model
 PROMPTS = {"code": "def close(self):\n", "docs": "Return the"}
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 60}
-MODULES = (
-    "argparse", "asyncio", "bdb", "calendar", "cmd", "code", "collections", "concurrent",
-    "configparser", "contextlib", "csv", "dataclasses", "difflib", "email", "enum", "fractions",
-    "ftplib", "functools", "gettext", "heapq", "html", "http", "inspect", "ipaddress", "json",
-    "logging", "mailbox", "multiprocessing", "pdb", "pickle", "pprint", "queue", "random", "sched",
-    "selectors", "shlex", "shutil", "smtplib", "socketserver", "statistics", "string",
-    "subprocess", "tempfile", "textwrap", "threading", "trace", "urllib", "weakref", "xmlrpc",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,84 +71,35 @@ class Run:
     lr: float
 
 
-# --- the two styles --------------------------------------------------------------------------
+# --- the text ----------------------------------------------------------------------------------
 
 
-def library_files() -> Iterator[tuple[str, Path]]:
-    """(name, path) of the files of ``MODULES``; the names are the same on every machine."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for module in MODULES:
-        for path in [root / f"{module}.py", *sorted((root / module).rglob("*.py"))]:
-            if path.is_file():
-                yield path.relative_to(root).as_posix(), path
+def texts_of(part: str) -> list[list[str]]:
+    """A list of texts for each file of a part."""
+    if part == "test packages":
+        return held_out_prose(0.02, 0.04)  # the split of tlcourse.pretrain_text
+    if part == "old":
+        return held_out_prose(0.04, 0.06)  # seen in pre-training
+    return library_styles()[part]
 
 
-def functions_of(path: Path) -> list[str]:
-    """The functions and methods of a file, without docstrings and comments."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (*definitions, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef)):
-            found += [ast.unparse(part) for part in node.body if isinstance(part, definitions)]
-    return found
-
-
-def place(name: str) -> float:
-    """A number in [0, 1) that depends on the name of a file alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
-
-
-def pack(texts: list[str], tokenizer: Any, length: int) -> Tensor:
-    """Texts, each closed by the end token, cut into blocks: shape (N, length + 1)."""
-    end = tokenizer.eos_token_id
-    stream = [end, *(token for ids in tokenizer(texts)["input_ids"] for token in (*ids, end))]
-    starts = range(0, len(stream) - length, length)
-    return torch.tensor([stream[start : start + length + 1] for start in starts])
-
-
-@lru_cache(maxsize=1)
-def texts() -> dict[str, list[list[str]]]:
-    """For "train", "val", "test" code and "val", "test" docs: a list of texts for each file."""
-    parts: dict[str, list[list[str]]] = {}
-    for name, path in library_files():
-        share = place(name)
-        part = "val" if share < 0.15 else "test" if share < 0.4 else "train"
-        parts.setdefault(f"{part} code", []).append(functions_of(path))
-        if part != "train":
-            prose = [text for docstring in docstrings_of(path) for text in paragraphs(docstring)]
-            parts.setdefault(f"{part} docs", []).append(prose)
-    parts["test packages"] = package_prose(0.02, 0.04)  # the split of tlcourse.pretrain_text
-    parts["old"] = package_prose(0.04, 0.06)  # seen in pre-training
-    return parts
-
-
-def package_prose(low: float, high: float) -> list[list[str]]:
+def held_out_prose(low: float, high: float) -> list[list[str]]:
     """Prose of the packages' files whose place lies between; a list for each file."""
-    found, seen = [], set()
-    for package in PACKAGES:
-        root = Path(importlib.util.find_spec(package).submodule_search_locations[0])  # type: ignore
-        for path in sorted(root.rglob("*.py")):
-            if low <= place(f"{package}/{path.relative_to(root).as_posix()}") < high:
-                prose = [text for d in docstrings_of(path) for text in paragraphs(d)]
-                found.append([text for text in prose if text not in seen])
-                seen.update(prose)
-    return found
+    found: dict[str, list[str]] = {}
+    for file, paragraph in package_prose(low=low, high=high):
+        found.setdefault(file, []).append(paragraph)
+    return list(found.values())
 
 
-@lru_cache(maxsize=8)
 def blocks(part: str, draw: int | None = None) -> Tensor:
     """Blocks of a part, or those that a draw trains on: whole files in random order."""
-    tokenizer, files = load_tokeniser("docgpt").tokenizer, list(texts()[part])
-    if draw is None:
-        packed = pack([text for file in files for text in file], tokenizer, LENGTH)
-        return packed[torch.linspace(0, len(packed) - 1, min(TEST_BLOCKS, len(packed))).long()]
-    random.Random(draw).shuffle(files)
+    tokenizer, files = load_tokeniser("docgpt").tokenizer, list(texts_of(part))
+    if draw is not None:
+        random.Random(draw).shuffle(files)
     packed = pack([text for file in files for text in file], tokenizer, LENGTH)
-    return packed[: STEPS * BATCH_SIZE]
+    if draw is not None:
+        return packed[: STEPS * BATCH_SIZE]
+    return packed[torch.linspace(0, len(packed) - 1, min(TEST_BLOCKS, len(packed))).long()]
 
 
 class WithReplay:

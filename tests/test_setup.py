@@ -326,12 +326,10 @@ def test_the_wheel_carries_data_and_lessons(tmp_path):
     for source, target in (("data", "tlcourse/_data"), ("lessons", "tlcourse/_lessons")):
         for path in (ROOT / source).rglob("*"):
             hidden = any(part.startswith((".", "__pycache__")) for part in path.parts[-3:])
-            draft = "drafts" in path.relative_to(ROOT).parts
-            if path.is_file() and not hidden and not draft:
+            if path.is_file() and not hidden:
                 assert f"{target}/{path.relative_to(ROOT / source).as_posix()}" in names
     assert any(name.startswith("tlcourse/_data/checkpoints/") for name in names)
     assert any(re.match(r"tlcourse/_lessons/.*/questions.py", name) for name in names)
-    assert not any("drafts" in name for name in names), "unfinished lessons stay at home"
     assert not any(name.startswith(("data/", "lessons/", "tests/", "scripts/")) for name in names)
     assert {"LICENSE", "LICENSE-text"} <= {Path(name).name for name in names}
 

@@ -43,10 +43,10 @@ _HOME = {
 }
 _MODULES = (
     "adapters", "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets",
-    "derivatives", "evaluation", "freezing", "language_models", "layers", "lora", "losses",
-    "parallel", "peft_files", "plots", "probing", "prompts", "quantisation", "quantised_layers",
-    "runtime", "scenes", "shift", "sources", "text", "train", "training_memory",
-    "transferability", "weight_space", "widgets",
+    "derivatives", "evaluation", "freezing", "language_models", "layers", "library_code", "lora",
+    "losses", "parallel", "peft_files", "plots", "probing", "prompts", "quantisation",
+    "quantised_layers", "runtime", "scenes", "shift", "sources", "text", "train",
+    "training_memory", "transferability", "weight_space", "widgets",
 )  # fmt: skip
 
 

@@ -46,6 +46,30 @@ class NextTokens(nn.Module):
         return self.model(input_ids=input_ids).logits.flatten(0, 1)
 
 
+def pack(texts: list[str], tokenizer: Any, length: int) -> Tensor:
+    """Texts in a row, an end token before the first and behind each, cut into blocks.
+
+    Args:
+        texts: any number of any length.
+        tokenizer: of transformers, with an ``eos_token_id``.
+        length: tokens that a model sees of a block, >= 1.
+
+    Returns:
+        long tensor, shape (N, length + 1): the last token of a block is the first of the next.
+        What does not fill a block is left out.
+
+    Raises:
+        ValueError: if the texts do not fill one block.
+    """
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    stream = [end, *(token for ids in encoded for token in (*ids, end))]
+    starts = range(0, len(stream) - length, length)
+    if not starts:
+        raise ValueError(f"{len(stream)} tokens do not fill a block of {length} and a target")
+    return torch.tensor([stream[start : start + length + 1] for start in starts])
+
+
 class MaskedBlocks:
     """Batches for ``MaskedTokens``: tokens are hidden anew in every pass.
 

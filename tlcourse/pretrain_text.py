@@ -6,7 +6,6 @@ standard library: that is kept for the tasks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -21,9 +20,15 @@ from torch import Tensor, nn
 from tlcourse import backbones
 from tlcourse.cards import check_request, machine_facts, run_facts
 from tlcourse.config import TrainConfig
-from tlcourse.docstrings import PACKAGES, package_prose
+from tlcourse.docstrings import PACKAGES, package_prose, place
 from tlcourse.evaluation import evaluate
-from tlcourse.language_modelling import MaskedBlocks, MaskedTokens, NextTokenBlocks, NextTokens
+from tlcourse.language_modelling import (
+    MaskedBlocks,
+    MaskedTokens,
+    NextTokenBlocks,
+    NextTokens,
+    pack,
+)
 from tlcourse.language_models import GENERATORS, load_tokeniser, small_bert, small_gpt
 from tlcourse.locations import data_dir
 from tlcourse.runtime import default_device
@@ -69,7 +74,7 @@ def split_prose(prose: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
     """Paragraphs for "train" (96 %), "val" and "test" (2 % each), whole files at a time."""
     parts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for file, paragraph in prose:
-        share = int(hashlib.sha256(file.encode()).hexdigest()[:8], 16) / 2**32
+        share = place(file)
         parts["val" if share < 0.02 else "test" if share < 0.04 else "train"].append(paragraph)
     return parts
 
@@ -110,12 +115,9 @@ def train_tokenizer(name: str, texts: list[str], vocab_size: int, path: Path) ->
 def blocks_of(name: str, texts: list[str], block_size: int) -> Tensor:
     """Texts packed without padding: long tensor, (N, block_size), one more for a generator."""
     tokenizer = load_tokeniser(name).tokenizer
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if name in GENERATORS:
-        stream = [token for text in encoded for token in (*text, tokenizer.eos_token_id)]
-        num = (len(stream) - 1) // block_size
-        starts = range(0, num * block_size, block_size)
-        return torch.tensor([stream[start : start + block_size + 1] for start in starts])
+        return pack(texts, tokenizer, block_size)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     stream = [token for text in encoded for token in (*text, last)]
     inside = block_size - 2
