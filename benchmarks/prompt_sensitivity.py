@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tlcourse as tl
@@ -131,9 +130,9 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def perform(kept: Path, run: Run) -> dict[str, Any]:
     """Train, and read training and validation; what was trained waits in a file for the test."""
     path = kept / run.file
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["found"])
+    done = path.with_suffix(".json")  # written last
+    if done.is_file():
+        return json.loads(done.read_text("utf-8"))
     task = load_text_task("doc_routing", LABELS, run.draw)
     model = build(run.arm, task, run.draw)
     loaders = task.loaders(tokeniser(), BATCH_SIZE, run.draw)
@@ -151,8 +150,8 @@ def perform(kept: Path, run: Run) -> dict[str, Any]:
         "val_accuracy": val.accuracy,
         "attention_share": attention_share(model, next(iter(loaders.val))[0]),
     }
-    save_file({k: v.contiguous() for k, v in trained(model).items()}, path,
-              metadata={"found": json.dumps(found)})  # fmt: skip
+    save_file({k: v.contiguous() for k, v in trained(model).items()}, path)
+    done.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -162,9 +161,9 @@ def test(kept: Path, run: Run) -> float:
     model = build(run.arm, task, run.draw)
     if run.arm != NAMES:
         perform(kept, run)  # unless it was
-        with safe_open(kept / run.file, "pt") as file, torch.no_grad():
-            for name, parameter in trained(model).items():
-                parameter.copy_(file.get_tensor(name))
+        saved = load_file(kept / run.file)
+        for name, parameter in trained(model).items():
+            parameter.copy_(saved[name])
     return tl.evaluate(model, task.loaders(tokeniser(), BATCH_SIZE).test).accuracy
 
 
