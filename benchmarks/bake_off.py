@@ -1,26 +1,30 @@
 """All methods of part 3 under one budget: accuracy, trained numbers, memory, time per step.
 
-    python benchmarks/bake_off.py [--workers N] [--resume FILE] [--out FILE]
+    python benchmarks/bake_off.py [--workers N] [--tasks TASK ...] [--only PART ...] [--out FILE]
 
 Two tasks: documentation routing with MiniLM, and wild digits with the course's GlyphNet. Every
 method starts from the pre-trained backbone with a head from logistic regression on its features,
 has the same batches, steps and rate of the head, and three rates of its own to choose from. That
-rate is chosen on the validation split of one extra draw of labels; other draws, paired across
-the methods, are then measured on the test split. "linear head" is that start, without any step.
+rate is chosen by the mean accuracy on the validation split over three extra draws of labels; other
+draws, paired across the methods, are then measured on the test split. "linear head" is that start,
+without any step.
 
 Memory is counted in bytes from the tensors of one step: weights, gradients, state (the moments of
 AdamW, and the scores of AdaLoRA), and what autograd keeps. It is checked against the peak of
 resident memory, each method in a process of its own. Time is CPU time of one step, the median of
-steps that take turns with those of the other methods; with a GPU, wall time.
+steps that take turns with those of the other methods. With a GPU, wall time of a step and peak of
+its memory there are measured, too; accuracy is always measured on the CPU.
 
-Every single result is appended to the ``--resume`` file at once: stopped and started again, the
-benchmark goes on where it was, with as many workers as you like. Once all is done that file is
-renamed. Writes ``data/results/bake_off.json``.
+Every single result is appended to the ``--resume`` file at once, with the machine that gave it:
+stopped and started again, the benchmark goes on where it was, with as many workers as you like,
+and parts may be measured on different machines (``--tasks``, ``--only``). Once all is done that
+file is renamed. Writes ``data/results/bake_off.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -53,6 +57,7 @@ from tlcourse.adapters import (
     train_last_layers,
 )
 from tlcourse.comparing import Comparison, versions
+from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir, repo_root
 from tlcourse.machine import core_count, memory_bytes
@@ -62,7 +67,7 @@ from tlcourse.text import load_text_task
 from tlcourse.train import make_optimizer
 from tlcourse.training_memory import num_bytes, saved_for_backward
 
-DRAWS, TUNING_DRAW, HEAD_LR, HEAD_C = 5, 1_000, 1e-3, 0.01
+DRAWS, TUNING_DRAWS, HEAD_LR, HEAD_C = 5, (1_000, 1_001, 1_002), 1e-3, 0.01
 RANK, ALPHA, HIGH_RANK = 8, 16.0, 32
 INIT_RANK, ORTHOGONAL = 12, 0.5  # AdaLoRA: starts at 12, ends at RANK on average
 BOTTLENECK, VIRTUAL_TOKENS = 8, 10
@@ -118,11 +123,14 @@ DOES_NOT_APPLY = {
 }
 
 
+PARTS = ("memory", "accuracy", "time", "rss", "gpu")
+
+
 @dataclass(frozen=True)
 class Run:
     """One result to be made."""
 
-    part: str  # "accuracy", "memory", "rss" or "time"
+    part: str  # one of PARTS
     task: str
     method: str
     draw: int = 0
@@ -258,7 +266,7 @@ def load(name: str, draw: int) -> Any:
 
 
 def accuracy(run: Run) -> dict[str, Any]:
-    """Accuracy on validation (tuning draw) or test (the others)."""
+    """Accuracy on validation (tuning draws) or test (the others)."""
     setting, task = SETTINGS[run.task], load(run.task, run.draw)
     model = build(task, setting, run.method, run.draw)
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -277,7 +285,7 @@ def accuracy(run: Run) -> dict[str, Any]:
             losses = tl.fit(model, loaders.train, None, config).train_loss
     seconds = time.process_time() - start
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
-        part = loaders.val if run.draw == TUNING_DRAW else loaders.test
+        part = loaders.val if run.draw in TUNING_DRAWS else loaders.test
         found = {"accuracy": tl.evaluate(model, part).accuracy}
     found["train_loss"] = round(float(np.mean(losses[-5:])), 4) if losses else None
     return found | {"cpu_seconds": round(seconds, 1), "saved": numbers_to_save(model)}
@@ -368,11 +376,6 @@ def counted(name: str, method: str) -> dict[str, int]:
 
 def peak(name: str, method: str) -> dict[str, float]:
     """Growth of resident memory by a model and two steps, in this fresh process, in bytes."""
-    if torch.cuda.is_available():
-        step = Stepper(name, method, torch.device("cuda"))
-        step()
-        step()
-        return {"peak": torch.cuda.max_memory_allocated()}
     # Once small, so that libraries are loaded before the count begins.
     nn.Linear(4, 4)(torch.zeros(2, 4)).sum().backward()
     load(name, 0), tl.load_backbone(SETTINGS[name].backbone)
@@ -404,23 +407,45 @@ def in_own_process(run: Run) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def step_times(name: str, _: int) -> dict[str, float]:
-    """Median seconds of a step of each method; the methods take turns."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steppers = {method: Stepper(name, method, device) for method in SETTINGS[name].rates}
+def step_times(name: str) -> dict[str, float]:
+    """Median CPU seconds of a step of each method; the methods take turns."""
+    cpu = torch.device("cpu")
+    steppers = {method: Stepper(name, method, cpu) for method in SETTINGS[name].rates}
+    return take_turns(name, steppers, time.process_time)
+
+
+def gpu_round(name: str) -> dict[str, dict[str, float]]:
+    """Median wall seconds of a step on the GPU, and the peak of its memory there in bytes."""
+    steppers, peaks = {}, {}
+    for method in SETTINGS[name].rates:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        steppers[method] = step = Stepper(name, method, torch.device("cuda"))
+        step()
+        step()
+        peaks[method] = torch.cuda.max_memory_allocated() - before
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds = take_turns(name, steppers, clock)
+    return {method: {"seconds": seconds[method], "peak": peaks[method]} for method in steppers}
+
+
+def take_turns(
+    name: str, steppers: dict[str, Stepper], clock: Callable[[], float]
+) -> dict[str, float]:
+    """Median of ``STEPS_OF_A_ROUND`` steps of each method."""
     times: dict[str, list[float]] = {method: [] for method in steppers}
     precision = torch.bfloat16 if SETTINGS[name].precision == "bf16" else torch.float32
     for turn in range(STEPS_OF_A_ROUND + 2):  # the first two are not counted
         for method, step in steppers.items():
-            clock = time.process_time
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                clock = time.perf_counter
             start = clock()
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            kind = step.trained[0].device.type
+            with torch.autocast(kind, precision, enabled=precision != torch.float32):
                 step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             if turn >= 2:
                 times[method].append(clock() - start)
     return {method: float(np.median(values)) for method, values in times.items()}
@@ -436,7 +461,7 @@ def perform(run: Run) -> dict[str, Any]:
         return counted(run.task, run.method)
     if run.part == "rss":
         return in_own_process(run)
-    return step_times(run.task, run.draw)
+    return gpu_round(run.task) if run.part == "gpu" else step_times(run.task)
 
 
 class Notebook:
@@ -458,7 +483,7 @@ class Notebook:
 
     def all_of(self, runs: list[Run], workers: int) -> list[dict[str, Any]]:
         left = [run for run in runs if key_of(run) not in self.found]
-        noted = side_by_side(Noted(self.path), left, workers)
+        noted = side_by_side(Noted(self.path, where()), left, workers)
         for run, result in zip(left, noted, strict=True):
             self.found[key_of(run)] = result
             shown = result.get("accuracy", result.get("peak", ""))
@@ -471,9 +496,10 @@ class Noted:
     """``perform``, and a line in the file."""
 
     path: Path
+    where: str
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        result = perform(run)
+        result = perform(run) | {"where": self.where}
         line = json.dumps([key_of(run), result]) + "\n"
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -492,49 +518,119 @@ def key_of(run: Run) -> str:
     return f"{run.part}|{run.task}|{run.method}|{run.draw}|{run.lr:g}|{sign}"
 
 
-def measure(name: str, notebook: Notebook, workers: int) -> dict[str, Any]:
+def measure(name: str, notebook: Notebook, workers: int, parts: Iterable[str]) -> None:
+    """Make what is missing of these parts of a task."""
+    for part in parts:
+        if part == "accuracy":
+            notebook.all_of(trials_of(name), workers)
+            notebook.all_of(runs_of(name, choose_all(tune(name, notebook))), workers)
+        elif part != "gpu" or torch.cuda.is_available():
+            notebook.all_of(others_of(part, name), 1)
+
+
+def trials_of(name: str) -> list[Run]:
+    grids = SETTINGS[name].rates
+    return [
+        Run("accuracy", name, m, draw, lr)
+        for m, rates in grids.items()
+        for lr in rates
+        for draw in TUNING_DRAWS
+    ]
+
+
+def runs_of(name: str, rates: dict[str, float]) -> list[Run]:
+    methods = SETTINGS[name].rates
+    return [
+        Run("accuracy", name, m, draw, rates.get(m, 0.0)) for draw in range(DRAWS) for m in methods
+    ]
+
+
+def others_of(part: str, name: str) -> list[Run]:
+    methods = SETTINGS[name].rates
+    if part == "memory":
+        return [Run(part, name, method) for method in methods]
+    if part == "rss":
+        # The growth by GlyphNet, a few MB, is less than what libraries add by chance.
+        repeats = RSS_REPEATS if name == "text" else 0
+        return [Run(part, name, method, n) for n in range(repeats) for method in methods]
+    return [Run(part, name, "all", n) for n in range(ROUNDS)]
+
+
+def tune(name: str, notebook: Notebook) -> dict[str, dict[str, list[float]]]:
+    """Accuracies on validation, one for each tuning draw, by method and rate."""
+    tuning: dict[str, dict[str, list[float]]] = {}
+    for run in trials_of(name):
+        found = notebook.found[key_of(run)]["accuracy"]
+        tuning.setdefault(run.method, {}).setdefault(f"{run.lr:g}", []).append(found)
+    return tuning
+
+
+def choose_all(tuning: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """The rate of each method, by the mean over the draws."""
+    means = {m: {lr: float(np.mean(x)) for lr, x in rates.items()} for m, rates in tuning.items()}
+    return {method: choose(by_rate) for method, by_rate in means.items()}
+
+
+def summary(name: str, notebook: Notebook) -> dict[str, Any]:
     """Everything about one task."""
-    methods = list(SETTINGS[name].rates)
-    counts = notebook.all_of([Run("memory", name, m) for m in methods], 1)
-    trials = [
-        Run("accuracy", name, m, TUNING_DRAW, lr) for m in methods for lr in SETTINGS[name].rates[m]
-    ]
-    tuning: dict[str, dict[str, float]] = {}
-    for run, found in zip(trials, notebook.all_of(trials, workers), strict=True):
-        tuning.setdefault(run.method, {})[f"{run.lr:g}"] = found["accuracy"]
-    # Of rates that are equally good, the one in the middle, if it is among them, else the lower.
-    chosen = {m: choose(by_rate) for m, by_rate in tuning.items()}
-    runs = [
-        Run("accuracy", name, m, draw, chosen.get(m, 0.0)) for draw in range(DRAWS) for m in methods
-    ]
-    results = dict(zip(runs, notebook.all_of(runs, workers), strict=True))
-    by_method = {m: [results[run] for run in runs if run.method == m] for m in methods}
-    rounds = notebook.all_of([Run("time", name, "all", n) for n in range(ROUNDS)], 1)
-    # The growth by GlyphNet, a few MB, is less than what libraries and allocator add by chance.
-    repeats = RSS_REPEATS if name == "text" else 0
-    peaks = [Run("rss", name, m, n) for n in range(repeats) for m in methods]
-    resident_peaks = dict(zip(peaks, notebook.all_of(peaks, 1), strict=True))
-    setting = SETTINGS[name]
+    setting, methods = SETTINGS[name], list(SETTINGS[name].rates)
+    tuning = tune(name, notebook)
+    chosen = choose_all(tuning)
+    runs = {"accuracy": runs_of(name, chosen)}
+    runs |= {part: others_of(part, name) for part in PARTS if part != "accuracy"}
+    runs["gpu"] = [run for run in runs["gpu"] if key_of(run) in notebook.found]  # none without one
+    found = {part: [notebook.found[key_of(run)] for run in runs[part]] for part in PARTS}
+
+    def by_method(part: str, field: str) -> dict[str, list]:
+        rows = zip(runs[part], found[part], strict=True)
+        pairs = [(run.method, row[field]) for run, row in rows]
+        return {m: [value for method, value in pairs if method == m] for m in methods}
+
+    counts = dict(zip(methods, found["memory"], strict=True))
+    kinds = ("weights", "gradients", "state", "activations")
     return {
-        "scores": {m: [found["accuracy"] for found in by_method[m]] for m in methods},
-        "train_loss": {m: [found["train_loss"] for found in by_method[m]] for m in methods},
+        "scores": by_method("accuracy", "accuracy"),
+        "train_loss": by_method("accuracy", "train_loss"),
         "lr": chosen,
         "tuning": tuning,
-        "trainable": {m: c["trainable"] for m, c in zip(methods, counts, strict=True)},
-        "total": {m: c["total"] for m, c in zip(methods, counts, strict=True)},
-        "saved": {m: [found["saved"] for found in by_method[m]] for m in methods},
-        "bytes": {
-            m: {k: v for k, v in c.items() if k not in ("trainable", "total")}
-            for m, c in zip(methods, counts, strict=True)
-        },
-        "peak_growth_bytes": {
-            m: [found["peak"] for run, found in resident_peaks.items() if run.method == m]
-            for m in methods
-        },
-        "step_seconds": {m: [found[m] for found in rounds] for m in methods},
+        "trainable": {m: counts[m]["trainable"] for m in methods},
+        "total": {m: counts[m]["total"] for m in methods},
+        "saved": by_method("accuracy", "saved"),
+        "bytes": {m: {kind: counts[m][kind] for kind in kinds} for m in methods},
+        "peak_growth_bytes": by_method("rss", "peak"),
+        "step_seconds": {m: [row[m] for row in found["time"]] for m in methods},
+        "gpu_step_seconds": {m: [row[m]["seconds"] for row in found["gpu"]] for m in methods},
+        "gpu_peak_bytes": {m: [row[m]["peak"] for row in found["gpu"]] for m in methods},
+        "where": {part: sorted({row["where"] for row in found[part]}) for part in PARTS},
         "does_not_apply": DOES_NOT_APPLY.get(name, {}),
         "settings": {k: v for k, v in vars(setting).items() if k != "rates"},
     }
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table of one task, as it stands in ``benchmarks/README.md``."""
+    comparison = Comparison(found["scores"])
+    heads = ["method", "test accuracy", "minus full fine-tuning", "trained", "MB of a step"]
+    heads += ["step / full, CPU"]
+    with_gpu = any(found["gpu_step_seconds"].values())
+    heads += ["step / full, GPU", "peak MB, GPU"] if with_gpu else []
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for m in found["scores"]:
+        gap = "" if m == FULL else f"{comparison.difference(m, FULL)}"
+        megabytes = sum(found["bytes"][m].values()) / 1e6
+        row = [m, f"{comparison.interval(m)}", gap, f"{found['trainable'][m]:,}"]
+        row += [f"{megabytes:.1f}", ratio(found["step_seconds"], m)]
+        if with_gpu:
+            peak_megabytes = np.median(found["gpu_peak_bytes"][m]) / 1e6
+            row += [ratio(found["gpu_step_seconds"], m), f"{peak_megabytes:.1f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio(seconds: dict[str, list[float]], method: str) -> str:
+    """Time of a step over that of full fine-tuning, paired by round."""
+    interval = mean_interval(np.divide(seconds[method], seconds[FULL]))
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def choose(by_rate: dict[str, float]) -> float:
@@ -543,8 +639,8 @@ def choose(by_rate: dict[str, float]) -> float:
     return float(rates[1] if rates[1] in best else best[0])
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and the GPU if there is one."""
+def where() -> str:
+    """Processor, cores, memory, the GPU if there is one, and versions: where a result is from."""
     processor = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -553,17 +649,20 @@ def machine() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": processor, "cores": core_count(), "gpu": gpu, "system": platform.system(),
-        "memory_gb": round(memory_bytes()[0] / 1e9), "threads_of_a_run": 1,
-    }  # fmt: skip
+    parts = [f"{platform.system()}, {processor}, {core_count()} cores"]
+    parts += [f"{round(memory_bytes()[0] / 1e9)} GB"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    packages = {name: metadata.version(name) for name in ("peft", "transformers")}
+    return ", ".join([*parts, *(f"{k} {v}" for k, v in (versions() | packages).items())])
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     artifacts = (repo_root() or Path()) / "artifacts"
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), help="measure these and stop")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these parts and stop")
     parser.add_argument("--out", type=Path, default=data_dir() / "results" / "bake_off.json")
     parser.add_argument("--resume", type=Path, default=artifacts / "bake_off.jsonl")
     parser.add_argument("--peak", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)
@@ -574,14 +673,16 @@ def main(arguments: Iterable[str] | None = None) -> None:
         return
 
     notebook, workers = Notebook(options.resume), options.workers or default_workers()
-    tasks = {name: measure(name, notebook, workers) for name in ("vision", "text")}
-    packages = {name: metadata.version(name) for name in ("peft", "transformers")}
+    for name in options.tasks or SETTINGS:
+        measure(name, notebook, workers, options.only or PARTS)
+    if options.tasks or options.only:
+        return
+    tasks = {name: summary(name, notebook) for name in SETTINGS}
     content = {
         "command": "python benchmarks/bake_off.py",
-        "machine": machine(),
-        "versions": versions() | packages,
         "settings": {
-            "draws": DRAWS, "head_lr": HEAD_LR, "head_C": HEAD_C, "rank": RANK, "alpha": ALPHA,
+            "draws": DRAWS, "tuning_draws": len(TUNING_DRAWS), "head_lr": HEAD_LR,
+            "head_C": HEAD_C, "rank": RANK, "alpha": ALPHA,
             "rank_of_rslora": HIGH_RANK, "adalora": [INIT_RANK, RANK],
             "bottleneck": BOTTLENECK, "virtual_tokens": VIRTUAL_TOKENS, "rounds": ROUNDS,
             "steps_of_a_round": STEPS_OF_A_ROUND, "peak_repeats": RSS_REPEATS,
@@ -591,7 +692,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for found in tasks.values():
-        print(Comparison(found["scores"]).table(FULL), flush=True)
+        print(markdown(found), flush=True)
     options.resume.rename(options.resume.with_suffix(".done.jsonl"))
 
 

@@ -17,9 +17,9 @@
 # **Time** about 90 minutes; the notebook itself runs in under a minute on two cores.
 #
 # **Expected result.** On the images LoRA minus full fine-tuning is -.014 [-.028, .001], a tie; BitFit, with 672
-# numbers beside the head, is behind by .040 [.016, .064], the head alone by .190 [.176, .204]. On the texts
-# @@EXPECTED: how many of 11 tie with full fine-tuning, and the widest interval@@. Of activation memory
-# only the head and the last block save much.
+# numbers beside the head, is behind by .040 [.016, .064], the head alone by .190 [.176, .204]. On the texts all
+# eleven tie with full fine-tuning, the head among them: -.029 [-.074, .016]. Of activation memory only the head
+# and the last block save much.
 
 # %% tags=["setup"]
 import tlcourse as tl
@@ -33,8 +33,10 @@ import math
 import tempfile
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+# %%
 import numpy as np
 import peft
 import torch
@@ -52,6 +54,8 @@ from tlcourse.adapters import (
     train_biases,
     train_last_layers,
 )
+
+# %%
 from tlcourse.comparing import Comparison
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
@@ -132,11 +136,16 @@ minilm = tl.load_backbone("minilm")
 def fresh(head_seed=0):
     """MiniLM as it was pre-trained, with a new head, and no dropout in any method."""
     torch.manual_seed(head_seed)
-    model = tl.Classifier(copy.deepcopy(minilm), task.num_classes).to(run.device)
+    model = tl.Classifier(copy.deepcopy(minilm), task.num_classes)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+# %%
+def adapted(name, head_seed=0):
+    """Adapt first, then move: on a GPU peft's AdaLoRA would else mark 12 counters as trained."""
+    return METHODS[name](fresh(head_seed)).to(run.device)
 
 
 # %% [markdown]
@@ -152,7 +161,7 @@ PARTS = {
     "norms": ("LayerNorm",), "head": ("head",),
 }  # fmt: skip
 
-
+# %%
 def part_of(name):
     order = ("norms", *PARTS)  # a norm of the attention's output is a norm
     return next(part for part in order if any(word in name for word in PARTS[part]))
@@ -167,7 +176,7 @@ def trained_by_part(model):
 
 
 # %%
-by_part = {name: trained_by_part(adapt(fresh())) for name, adapt in METHODS.items()}
+by_part = {name: trained_by_part(adapted(name)) for name in METHODS}
 trained = {name: sum(counts.values()) for name, counts in by_part.items()}
 total = count_parameters(fresh()).total
 for name, count in trained.items():
@@ -243,14 +252,14 @@ batch, targets = {k: v.to(run.device) for k, v in batch.items()}, targets.to(run
 
 def logits_after_a_step(alpha, rslora):
     config = peft.LoraConfig(**beside, r=16, lora_alpha=alpha, use_rslora=rslora)
-    model = peft.get_peft_model(fresh(), config).eval()
+    model = peft.get_peft_model(fresh(), config).to(run.device).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     F.cross_entropy(model(**batch), targets).backward()
     optimizer.step()
     with torch.no_grad():
         return model(**batch)
 
-
+# %%
 same = torch.equal(logits_after_a_step(4, rslora=True), logits_after_a_step(16, rslora=False))
 print("rsLoRA, alpha 4, equals LoRA, alpha 16, at rank 16:", same)
 assert same
@@ -307,7 +316,7 @@ n, i, o, r, s = 5, 7, 6, 3, 2.0
 shapes = {"x": (n, i), "C": (n, o), "W": (o, i), "A": (r, i), "B": (o, r), "m": (o,)}
 t = {k: torch.randn(v, generator=generator, dtype=torch.float64) for k, v in shapes.items()}
 
-
+# %%
 def toy_loss():
     """A loss whose gradient differs from place to place."""
     return (t["C"] * (t["x"] @ dora_weight(t["W"], t["A"], t["B"], t["m"], s).T).sin()).sum()
@@ -347,6 +356,8 @@ config = peft.LoraConfig(r=r, lora_alpha=int(s * r), target_modules=["0"], use_d
 theirs = peft.get_peft_model(base, config).base_model.model[0]
 lengths = theirs.lora_magnitude_vector["default"]
 torch.testing.assert_close(lengths.weight.data, t["W"].norm(dim=1))  # m starts as the lengths of W
+
+# %%
 parts = {
     "m": lengths.weight,
     "A": theirs.lora_A["default"].weight,
@@ -404,7 +415,7 @@ class ThreeLayers(nn.Module):
     def forward(self, x):  # (B, 3, 16) -> (B, 3, 16)
         return torch.stack([self.one(x[:, 0]), self.two(x[:, 1]), self.six(x[:, 2])], dim=1)
 
-
+# %%
 def orthogonality(model):
     """Mean distance of P and Q from orthogonal columns and rows."""
     distances = []
@@ -436,7 +447,7 @@ def three_adapted():
     torch.manual_seed(1)
     return peft.get_peft_model(copy.deepcopy(plain), config)
 
-
+# %%
 def train_adalora(model, lr=0.05, gamma=0.01, share_out=True):
     """Directions left in each layer after each step, and the last loss."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -491,7 +502,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     forgotten, _ = train_adalora(three_adapted(), share_out=False)
 print("never shared out:", forgotten[-1], " warnings:", len(caught))
-model = adalora(fresh())
+model = adapted("AdaLoRA")
 with torch.no_grad():
     alone = F.cross_entropy(model(**batch), targets)
     penalty = model.peft_config["default"].orth_reg_weight * orthogonality(model)
@@ -519,6 +530,17 @@ assert forgotten[-1].sum() == b_start and penalty > 0.1
 
 
 # %%
+def importance_scores(model):
+    """What AdaLoRA keeps of each trained number beside AdamW's moments; nothing for others."""
+    if not isinstance(getattr(model, "base_model", None), peft.AdaLoraModel):
+        return []
+    model.base_model.update_and_allocate(1)
+    judge = model.base_model.rankallocator
+    kept = (judge.ipt, judge.exp_avg_ipt, judge.exp_avg_unc)
+    return [x for scores in kept for x in scores.values()]
+
+
+# %%
 def account(model):
     """Bytes of a training step by kind."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -529,32 +551,25 @@ def account(model):
     loss.backward()
     optimizer.step()
     state = [x for entry in optimizer.state.values() for x in entry.values() if x.ndim > 0]
-    if isinstance(getattr(model, "base_model", None), peft.AdaLoraModel):
-        model.base_model.update_and_allocate(1)
-        judge = model.base_model.rankallocator
-        for scores in (judge.ipt, judge.exp_avg_ipt, judge.exp_avg_unc):
-            state += list(scores.values())
+    state += importance_scores(model)
     kinds = {"weights": model.parameters(), "gradients": [p.grad for p in trained], "state": state}
     return {k: num_bytes(v) for k, v in kinds.items()} | {"activations": activations}
 
 
 # %%
 accounts, totals = {}, {}
-for name, adapt in METHODS.items():
-    model = adapt(fresh())
+for name in METHODS:
+    model = adapted(name)
     totals[name], accounts[name] = count_parameters(model).total, account(model)
 share = {name: kinds["activations"] / accounts["full fine-tuning"]["activations"]
          for name, kinds in accounts.items()}  # fmt: skip
-print(
-    f"MB, {batch['input_ids'].shape[0]} texts".ljust(20)
-    + "".join(f"{k:>12}" for k in accounts["LoRA"]),
-    end="",
-)
-print("   activations / full")
+
+# %%
+heads = "".join(f"{kind:>12}" for kind in accounts["LoRA"])
+print(f"MB, {len(targets)} texts".ljust(20) + heads + "   activations / full")
 for name, kinds in accounts.items():
-    print(
-        f"{name:20}" + "".join(f"{v / 1e6:12.2f}" for v in kinds.values()), f"{share[name]:12.0%}"
-    )
+    row = "".join(f"{size / 1e6:12.2f}" for size in kinds.values())
+    print(f"{name:20}{row}{share[name]:13.0%}")
 
 # %%
 for name, kinds in accounts.items():
@@ -605,11 +620,11 @@ def trained_parameters(model):
 
 
 def save_trained(model, path):
-    save_file(
-        {k: p.detach().cpu().contiguous() for k, p in trained_parameters(model).items()}, path
-    )
+    found = trained_parameters(model)
+    save_file({name: p.detach().cpu().contiguous() for name, p in found.items()}, path)
 
 
+# %%
 def load_trained(model, path):
     saved, own = load_file(path), trained_parameters(model)
     if saved.keys() != own.keys():
@@ -625,20 +640,23 @@ def load_trained(model, path):
 
 # %%
 file_bytes = {}
-for name, adapt in METHODS.items():
-    model, path = adapt(fresh(head_seed=1)), folder / "one.safetensors"
+for name in METHODS:
+    model, path = adapted(name, head_seed=1), folder / "one.safetensors"
     for parameter in trained_parameters(model).values():
         parameter.data += 0.01 * torch.randn_like(parameter)
     save_trained(model, path)
-    again = load_trained(adapt(fresh(head_seed=2)), path)
+    again = load_trained(adapted(name, head_seed=2), path)
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch), again.eval()(**batch)), name
     file_bytes[name] = path.stat().st_size
+
+# %%
 try:
     save_trained(careless, folder / "careless.safetensors")
 except ValueError as error:
     print("ValueError:", error)
-print("kB per task:", {name: round(size / 1e3) for name, size in file_bytes.items()})
+kilobytes = ", ".join(f"{name} {round(size / 1e3):,}" for name, size in file_bytes.items())
+print(*textwrap.wrap(f"kB per task: {kilobytes}", 95, subsequent_indent="    "), sep="\n")
 
 # %% [markdown]
 # (In the course's library `tl.save_model` and `save_adapter` refuse in the same way. When training is over, AdaLoRA's file can be
@@ -648,7 +666,7 @@ print("kB per task:", {name: round(size / 1e3) for name, size in file_bytes.item
 #
 # One budget means: the same labelled examples, batches, steps and schedule; the same start, which is logistic regression on the
 # frozen features as head; the same rate for the head; three rates of its own for each method, tried on the
-# validation examples of one extra draw; no dropout. What it does not mean is the same number of trained numbers.
+# validation examples of three extra draws; no dropout. What it does not mean is the same number of trained numbers.
 #
 # Run a short form of it now: four methods on the images, two draws, fewer steps. GlyphNet is convolutional, and that
 # decides which methods exist at all. peft's LoRA knows convolutions: $A$ is a convolution with $r$ outputs, $B$ one of size
@@ -665,6 +683,7 @@ SHORT = {  # method -> how it adapts, and its rate as chosen in the long form
     "full fine-tuning": (lambda model: model, 3e-3),
 }
 draws, num_steps = {"tiny": (2, 40), "full": (5, 160)}[run.profile]
+budget = tl.TrainConfig(head_lr=1e-3, num_steps=num_steps, warmup_steps=10, progress=False)
 
 
 # %%
@@ -676,15 +695,14 @@ def start(digits, seed):
     tl.linear_probe(known, known, c_grid=(0.01,)).copy_to(model.head)
     return model
 
-
+# %%
 def short_form(name, seed):
     digits = tl.load_task("wild_digits", labels_per_class=10, seed=seed)
     model, loaders = start(digits, seed), digits.loaders(25, seed=seed)
     if SHORT[name] is not None:
         adapt, lr = SHORT[name]
         model = adapt(model)
-        config = tl.TrainConfig(lr=lr, head_lr=1e-3, num_steps=num_steps, warmup_steps=10, progress=False, seed=seed)  # fmt: skip
-        tl.fit(model, loaders.train, None, config)
+        tl.fit(model, loaders.train, None, replace(budget, lr=lr, seed=seed))
     return tl.evaluate(model, loaders.test).accuracy
 
 
@@ -707,7 +725,7 @@ assert min(np.subtract(short["full fine-tuning"], short["linear head"])) > 0.05
 # of it.
 
 # %%
-known = tl.extract_features(minilm, task.loaders(minilm.preprocess).train)
+known = tl.extract_features(fresh().backbone.to(run.device), task.loaders(minilm.preprocess).train)
 features = known.features.astype(np.float64)
 centre, spread = features.mean(axis=0), features.std(axis=0)
 print(
@@ -724,10 +742,10 @@ def simple_head(columns):
     weight = 0.05 * np.stack([z[known.targets == k].mean(axis=0) for k in range(4)]) / spread
     return np.where(columns, weight, 0.0)
 
-
+# %%
 def gradient_norms(weight):
     """Norms of the gradients of the last layer normalisation, and of all."""
-    model = fresh().eval()
+    model = fresh().to(run.device).eval()
     model.head.weight.data = torch.tensor(weight, dtype=torch.float32, device=run.device)
     model.head.bias.data = torch.tensor(-weight @ centre, dtype=torch.float32, device=run.device)
     F.cross_entropy(model(**batch), targets).backward()
@@ -780,10 +798,10 @@ def paired_p(a, b):
     """Two-sided p of Student's paired test; arrays of shape (..., draws)."""
     d = np.asarray(a) - np.asarray(b)
     n = d.shape[-1]
-    t = d.mean(-1) / (d.std(-1, ddof=1) / np.sqrt(n))
+    t = d.mean(-1) / np.maximum(d.std(-1, ddof=1) / np.sqrt(n), 1e-12)  # no difference at all: t = 0
     return 2 * stdtr(n - 1, -np.abs(t))
 
-
+# %%
 def holm(p):
     """Adjusted p values, in the order in which they came."""
     p = np.asarray(p)
@@ -823,12 +841,14 @@ assert alarms["each at 5 %"] > 0.15 and alarms["Holm"] < 0.07
 # make bench            (or: python benchmarks/bake_off.py)
 # ```
 #
-# It was run once; what it recorded, with the machine and the versions:
+# Each result was recorded with the machine and the versions that gave it:
 
 # %%
 recorded = json.loads((data_dir() / "results" / "bake_off.json").read_text("utf-8"))
-print(recorded["command"], "\n", recorded["machine"], "\n", recorded["versions"])
+print(recorded["command"])
 text, vision = recorded["tasks"]["text"], recorded["tasks"]["vision"]
+for part, places in text["where"].items():
+    print(*textwrap.wrap(f"{part}: {' and '.join(places)}", 95, subsequent_indent="    "), sep="\n")
 for name, why in vision["does_not_apply"].items():
     print(f"not on the images: {name}: {why}")
 assert text["trainable"] == trained  # what you counted above is what was trained
@@ -837,17 +857,35 @@ assert text["trainable"] == trained  # what you counted above is what was traine
 # %%
 def edges(found):
     """Methods whose chosen rate is the lowest or highest that was tried."""
-    at = {
-        m: (rate, *(f(map(float, found["tuning"][m])) for f in (min, max)))
+    return {
+        m: rate
         for m, rate in found["lr"].items()
+        if rate in (min(tried := [float(lr) for lr in found["tuning"][m]]), max(tried))
     }
-    return {m: rate for m, (rate, low, high) in at.items() if rate in (low, high)}
 
 
 for name, found in recorded["tasks"].items():
-    print(f"{name}: chosen", {m: f"{rate:g}" for m, rate in found["lr"].items()})
-    print(f"{'':{len(name)}}  at an edge of its grid:", list(edges(found)) or "none")
+    chosen = ", ".join(f"{m} {rate:g}" for m, rate in found["lr"].items())
+    print(*textwrap.wrap(f"{name}: {chosen}", 95, subsequent_indent="    "), sep="\n")
+    print("    at an edge of its grid:", ", ".join(edges(found)) or "none")
 
+# %% [markdown]
+# A rate at an edge says that a better one may lie outside. And are three draws enough to choose by? Ask each of them alone.
+
+# %%
+for name, found in recorded["tasks"].items():
+    moved = []
+    for k in range(recorded["settings"]["tuning_draws"]):
+        best = {m: max(tried, key=lambda lr: tried[lr][k]) for m, tried in found["tuning"].items()}
+        moved.append(sum(float(lr) != found["lr"][m] for m, lr in best.items()))
+    print(f"{name}: of {len(best)} choices, other by one draw alone: {moved}")
+
+# %% [markdown]
+# On the images one to four of eight choices would have been others, on the texts six to eight of eleven: 120 validation texts and
+# 64 labelled ones are too few to tell three rates apart. That was learned the hard way. A first run of this benchmark chose by one draw.
+# Full fine-tuning took the largest rate of its grid, by luck, and ended below the head on test. So three draws
+# choose now. That decision was made after those test scores had been seen, and so was a move of some grids; the method of choosing
+# is the same for all twelve.
 
 # %%
 FULL, HEAD = "full fine-tuning", "linear head"
@@ -865,7 +903,7 @@ def verdicts(found, reference):
         rows[m] = (gap, adjusted, word)
     return rows
 
-
+# %%
 def show(found, reference):
     comparison = Comparison(found["scores"])
     print(f"{'':20}{'test accuracy':22}{'minus ' + reference:28}{'Holm p':>8}  verdict")
@@ -889,7 +927,9 @@ tl.plots.alt(ax, f"Means of five draws with intervals; the head is far left: {me
 
 # %%
 from_head = verdicts(vision, HEAD)
-print({m: f"{gap} {word}" for m, (gap, _, word) in from_head.items()})
+print("minus linear head")
+for m, (gap, p, word) in from_head.items():
+    print(f"{m:20}{gap!s:26}{p:8.3f}  {word}")
 assert all(word == "better" and gap.low > 0.02 for gap, _, word in from_head.values())
 behind = verdicts(vision, FULL)
 assert all(
@@ -903,10 +943,9 @@ assert from_head["BitFit"][0].low > 0.08
 # more than the order: the head is behind by .19, the last block by .13, (IA)3 by .10, BitFit by .04, and the
 # four of LoRA's family by about .02.
 #
-# Read the last ones with care. DoRA is "worse" and LoRA is a "tie", yet the two differ by .008. One verdict
-# being significant and the other not is no test of *their* difference (the exercise makes it). DoRA got its
-# verdict because its five differences happen to be alike, and a spread estimated from five numbers is itself
-# uncertain. No ranking inside LoRA's family follows.
+# Read the last ones with care. DoRA is "worse" (its p after Holm is .0496) and LoRA is a "tie", yet the two differ by .007 [-.008, .022].
+# One verdict being significant and the other not is no test of *their* difference (the exercise makes it). No ranking inside
+# LoRA's family follows.
 #
 # The surprise is BitFit: 672 numbers beside the head reach .81, while the last block's 230,144 reach .72. *Where*
 # the numbers sit counts for more than how many they are; the biases are in every layer. (IA)3 sits in every
@@ -929,10 +968,28 @@ for m, (gap, p, word) in verdicts(text, HEAD).items():
     print(f"{m:20} {gap!s:28} {p:8.3f}  {word}")
 words = [word for _, _, word in verdicts(text, FULL).values()]
 widest = max(verdicts(text, FULL).values(), key=lambda row: row[0].high - row[0].low)[0]
+assert set(words) == {word for _, _, word in verdicts(text, HEAD).values()} == {"tie"}
 print("\nverdicts against full:", {w: words.count(w) for w in set(words)}, " widest:", widest)
 
 # %% [markdown]
-# **Guess 1, texts.** @@TEXTTEXT: verdicts against full fine-tuning and the head, widest interval, rates at an edge@@
+# **Guess 1, texts.** None of the eleven. And against the head: none, either, and that includes full fine-tuning. Twelve methods, and the table
+# cannot tell any of them from logistic regression on frozen features. Without Holm four would have been announced: LoRA, DoRA, bottleneck
+# adapters and BitFit, each above the head by .02 or .03 with an interval just off 0. What the table does not say is "equal". The
+# widest interval against full fine-tuning, that of prompt tuning, reaches from -.08 to .03.
+#
+# One line looks too good again: LoRA and DoRA have the same accuracy in all five draws. Is something broken? Look at the training
+# losses, and at how far the lengths of DoRA can go: AdamW moves a number by about the rate in each step.
+
+# %%
+for m in ("LoRA", "DoRA"):
+    print(f"{m}: rate {text['lr'][m]:g}, training loss at the end {text['train_loss'][m]}")
+reach = text["lr"]["DoRA"] * text["settings"]["steps"]
+lengths = torch.cat([x.attention.self.query.weight.detach().norm(dim=1) for x in minilm.body.encoder.layer])
+print(f"a length moves by {reach:.3f} at most; queries have rows of length {lengths.mean():.2f}")
+assert text["train_loss"]["LoRA"] != text["train_loss"]["DoRA"] and reach < 0.02 * lengths.mean()
+
+# %% [markdown]
+# Nothing is broken. In thirty such steps a length changes by less than a hundredth of itself, and DoRA is nearly LoRA.
 #
 # How many draws would settle it? With $n$ draws the interval of a difference is $\pm\, t_{n-1}\, s_d / \sqrt n$.
 
@@ -947,29 +1004,41 @@ for n in (5, 10, 20, 40, 80, 160):
     print(f"{n:4} draws: one comparison +- {plain_width:.3f}, eleven (Bonferroni) +- {strict:.3f}")
 
 # %% [markdown]
-# @@POWER: draws needed to see .02 with eleven comparisons@@ And more draws cannot help against the other chance: the 200 test texts themselves are one sample, the same for all draws.
+# A difference of .02 among eleven takes about twenty draws. And more draws cannot help against the other chance: the 200 test texts
+# themselves are one sample, the same for all draws.
 #
 # ### Numbers, memory, time
 
 
 # %%
-def ratio_to_full(found, name):
+def ratio_to_full(found, name, kind="step_seconds"):
     """Time per step over that of full fine-tuning, paired by round."""
-    return mean_interval(np.divide(found["step_seconds"][name], found["step_seconds"][FULL]))
+    return mean_interval(np.divide(found[kind][name], found[kind][FULL]))
 
 
+# %%
 for title, found in recorded["tasks"].items():
-    print(
-        f"{title:20}{'trained':>11}{'file, kB':>11}{'MB in a step':>14}{'activations':>13}", end=""
-    )
-    print(f"   {'step / full fine-tuning'}")
+    heads = f"{'trained':>11}{'file, kB':>11}{'MB in a step':>14}{'activations':>13}"
+    print(f"{title:20}{heads}   step / full fine-tuning")
     for m, kinds in found["bytes"].items():
-        saved = 4 * np.mean(found["saved"][m]) / 1e3
-        print(
-            f"{m:20}{found['trainable'][m]:11,}{saved:11,.1f}{sum(kinds.values()) / 1e6:14.1f}",
-            end="",
-        )
-        print(f"{kinds['activations'] / 1e6:13.1f}   {ratio_to_full(found, m)}")
+        saved, whole = 4 * np.mean(found["saved"][m]) / 1e3, sum(kinds.values()) / 1e6
+        row = f"{found['trainable'][m]:11,}{saved:11,.1f}{whole:14.1f}"
+        print(f"{m:20}{row}{kinds['activations'] / 1e6:13.1f}   {ratio_to_full(found, m)}")
+    print()
+
+# %% [markdown]
+# The same steps on a GPU. Time is wall time there, and memory is the measured peak.
+
+# %%
+for title, found in recorded["tasks"].items():
+    if not any(found["gpu_step_seconds"].values()):
+        print(f"{title}: not measured on a GPU")
+        continue
+    print(f"{title + ', on a GPU':20}{'ms a step':>11}{'peak, MB':>11}   step / full fine-tuning")
+    for m, seconds in found["gpu_step_seconds"].items():
+        peak = np.median(found["gpu_peak_bytes"][m]) / 1e6
+        ratio = ratio_to_full(found, m, "gpu_step_seconds")
+        print(f"{m:20}{1e3 * np.median(seconds):11.1f}{peak:11.1f}   {ratio}")
     print()
 
 # %% jupyter={"source_hidden": true}
@@ -1024,51 +1093,68 @@ agree = np.corrcoef(counted, measured)[0, 1]
 print(
     f"counted bytes and measured peak: correlation {agree:.3f}, ratio {np.median(measured / counted):.2f}"
 )
-assert agree > 0.9
+assert agree > 0.8
 
 # %% [markdown]
-# **Guess 3.** On the images, yes: LoRA's step takes 1.09 times as long as that of full fine-tuning, DoRA's 1.27
-# times, AdaLoRA's 1.57 times. They save the gradients of some weights and add small convolutions to every block;
-# in a network as small as this the additions cost more. @@TIMETEXT: ratios on the texts@@ (Times are of one
-# machine, and other hardware gives other ratios. Counts are the same everywhere.)
+# **Guess 3.** Yes. On the images, on a CPU, LoRA trains a tenth of the numbers, and its step takes 1.06 [1.01, 1.11] times as long as that of
+# full fine-tuning; DoRA's 1.21, AdaLoRA's 1.50 times. They save the gradients of some weights and add small convolutions to
+# every block; in a network as small as this the additions cost more.
 #
-# Memory on the texts: the activations are the larger part of it. Full fine-tuning needs 584 MB; the nine that
-# send a gradient through the whole network need 232 to 312; the last block 148; the head 90.
-# @@PEAKTEXT: counted bytes against measured peak@@
+# On the texts the matrices are larger, and on the CPU every method is faster than full fine-tuning: LoRA .68, DoRA .77. On the GPU, for the
+# same network, it is another order: LoRA 1.01, bottleneck adapters 1.17, DoRA 1.43, AdaLoRA 2.09, and prompt tuning, which *adds* tokens,
+# .71. A batch of 16 short texts is so little work for it that the time goes into starting operations, one after another. Who adds many
+# small ones pays, who adds none does not. With a large network and long texts the arithmetic counts again.
+#
+# So a time per step belongs to a method *and* a machine, a network and a batch. (Bottleneck adapters, DoRA and
+# AdaLoRA change sides of 1 on the texts.) Counts are the same everywhere.
+#
+# Memory on the texts: the activations are the larger part of it. Full fine-tuning needs 584 MB; the nine that send a gradient through the
+# whole network need 232 to 312; the last block 148; the head 90. The measured peaks are higher, as libraries and allocators take
+# their share. Only full fine-tuning stays below its count on the GPU: in its backward pass activations go as gradients come. The
+# order is nearly the same.
 #
 # ## Decision guide
 #
 # Only what stands in the tables above. Each line has its assert.
 
 # %%
-saved = {m: 4 * np.mean(text["saved"][m]) for m in METHODS}
+pictures = Comparison(vision["scores"])
+family = [abs(pictures.difference(m, "LoRA").mean) for m in ("rsLoRA", "DoRA", "AdaLoRA")]
 guide = {
+    "texts: nothing is told from the head": {row[2] for row in verdicts(text, HEAD).values()} == {"tie"},
     "images: the head alone loses much": behind[HEAD][0].high < -0.1,
-    "images: relatives of LoRA tie with each other": all(
-        abs(Comparison(vision["scores"]).difference(m, "LoRA").mean) < 0.03
-        for m in ("rsLoRA", "DoRA", "AdaLoRA")
-    ),
-    "images: BitFit above last block with a hundredth of its numbers": Comparison(vision["scores"])
-    .difference("BitFit", "last block")
-    .low
-    > 0.05
-    and vision["trainable"]["BitFit"] < 0.01 * vision["trainable"]["last block"],
-    "memory: a gradient that stops early": text["bytes"]["last block"]["activations"]
-    < 0.3 * text["bytes"]["LoRA"]["activations"],
-    "storage: a hundred tasks of LoRA are smaller than one model": 100 * saved["LoRA"]
-    < saved[FULL],
+    "images: relatives of LoRA are within .03 of it": max(family) < 0.03,
+    "images: BitFit is above the last block": pictures.difference("BitFit", "last block").low > 0.05,
 }
+numbers = vision["trainable"]
+guide["images: with a hundredth of its numbers"] = numbers["BitFit"] < 0.01 * numbers["last block"]
+
+# %%
+kept = {m: text["bytes"][m]["activations"] for m in METHODS}
+guide["memory: a gradient that stops early keeps little"] = kept["last block"] < 0.3 * kept["LoRA"]
+saved = {m: 4 * np.mean(text["saved"][m]) for m in METHODS}
+guide["storage: a hundred LoRAs are smaller than one model"] = 100 * saved["LoRA"] < saved[FULL]
+for m in ("DoRA", "AdaLoRA"):
+    slower = [
+        mean_interval(np.divide(found[kind][m], found[kind]["LoRA"])).low > 1
+        for found in (text, vision)
+        for kind in ("step_seconds", "gpu_step_seconds")
+        if found[kind][m]
+    ]
+    guide[f"time: {m} is slower than LoRA, both tasks, both machines"] = all(slower)
+
+# %%
 for line, holds in guide.items():
     print(f"{'yes' if holds else 'NO':4}{line}")
 assert all(guide.values())
 
 # %% [markdown]
-# 1. **Begin with the linear head.** It costs next to nothing. On the texts @@GUIDETEXT: whether anything beat
-#    it@@; on the images it left .19 on the table. You do not know beforehand which kind your task is, and
+# 1. **Begin with the linear head.** It costs next to nothing. On the texts nothing was shown to beat it; on the images it
+#    left .19 on the table. You do not know beforehand which kind your task is, and
 #    validation tells you in seconds.
 # 2. **If the head is not enough and storage counts, take LoRA** at a tuned rate: tied with full fine-tuning. DoRA,
-#    AdaLoRA and rsLoRA are within .03 of it, and cost more time, DoRA more memory as well. Among ties the
-#    plainest wins.
+#    AdaLoRA and rsLoRA are within .03 of it. DoRA and AdaLoRA cost more time on both machines, DoRA more memory as well. Among
+#    ties the plainest wins.
 # 3. **If every byte of the file counts, BitFit or (IA)3.** Some hundred numbers gained .15 and .09 over the head on
 #    the images.
 # 4. **If activations fill the memory, only a gradient that stops early helps**: the head, or the last block.
@@ -1083,8 +1169,9 @@ assert all(guide.values())
 #
 # **Five draws** separate only what is far apart. A tie here is "not seen", not "equal".
 #
-# **The rates** were chosen from three, on one draw, on 120 texts or 300 images. Two rates that differ by one text
-# are the same, and the choice between them is luck. A method with a narrow range of good rates suffers.
+# **The rates** were chosen from three, on three draws, on 120 texts or 300 images. Two rates that differ by one text
+# are the same, and the choice between them is luck. Five of the eleven on the texts, and DoRA on the images, ended at
+# an edge of their grid. A method with a narrow range of good rates suffers.
 #
 # **Ranks, bottlenecks, numbers of virtual tokens** were set, not tuned. "LoRA" here is LoRA of rank 8 on two kinds
 # of layers.
