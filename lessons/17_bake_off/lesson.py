@@ -128,6 +128,9 @@ METHODS = {
     "full fine-tuning": lambda model: model,
 }
 
+# %% [markdown]
+# The task of lesson 11 with 16 labels per topic, and MiniLM. Dropout is off in all methods, so that only the methods differ.
+
 # %%
 task = tl.load_text_task("doc_routing", labels_per_class=16, seed=0)
 minilm = tl.load_backbone("minilm")
@@ -160,6 +163,9 @@ PARTS = {
     "feed-forward in": ("intermediate.dense",), "feed-forward out": (".output.dense",),
     "norms": ("LayerNorm",), "head": ("head",),
 }  # fmt: skip
+
+# %% [markdown]
+# The name of a parameter says where it sits.
 
 # %%
 def part_of(name):
@@ -310,6 +316,9 @@ def dora_backward(G, W, A, B, m, s, constant_length):
     return {"m": along[:, 0], "A": s * B.T @ dV, "B": s * dV @ A.T}
 
 
+# %% [markdown]
+# A small layer with random numbers, and the loss $L = \sum C \odot \sin(H)$. Its gradient is known: $\partial L / \partial H = C \odot \cos(H)$.
+
 # %%
 generator = torch.Generator().manual_seed(0)
 n, i, o, r, s = 5, 7, 6, 3, 2.0
@@ -332,6 +341,9 @@ def slope(theta, place, step=1e-6):
     theta[place] = kept
     return found.item()
 
+
+# %% [markdown]
+# From it follows $G$. Now both formulas against the slopes of the loss.
 
 # %%
 H = t["x"] @ dora_weight(t["W"], t["A"], t["B"], t["m"], s).T
@@ -426,6 +438,9 @@ def orthogonality(model):
     return torch.stack(distances).mean()
 
 
+# %% [markdown]
+# The changes to be learned: products of orthonormal columns and rows, so each has as many singular values of 1 as its rank says.
+
 # %%
 torch.manual_seed(0)
 plain = ThreeLayers()
@@ -437,6 +452,9 @@ inputs = torch.randn(256, 3, 16)
 wanted = truth(inputs).detach()
 b_start, b_end, T, t_i, t_f = 18, 9, 240, 60, 60
 
+
+# %% [markdown]
+# AdaLoRA on the three layers, and the loop.
 
 # %%
 def three_adapted():
@@ -564,6 +582,9 @@ for name in METHODS:
 share = {name: kinds["activations"] / accounts["full fine-tuning"]["activations"]
          for name, kinds in accounts.items()}  # fmt: skip
 
+# %% [markdown]
+# The account as a table. The last column compares the activations with those of full fine-tuning.
+
 # %%
 heads = "".join(f"{kind:>12}" for kind in accounts["LoRA"])
 print(f"MB, {len(targets)} texts".ljust(20) + heads + "   activations / full")
@@ -650,6 +671,9 @@ for name in METHODS:
         assert torch.equal(model.eval()(**batch), again.eval()(**batch)), name
     file_bytes[name] = path.stat().st_size
 
+# %% [markdown]
+# The careless model from above must be refused. And how large are the twelve files?
+
 # %%
 try:
     save_trained(careless, folder / "careless.safetensors")
@@ -685,6 +709,9 @@ SHORT = {  # method -> how it adapts, and its rate as chosen in the long form
 draws, num_steps = {"tiny": (2, 40), "full": (5, 160)}[run.profile]
 budget = tl.TrainConfig(head_lr=1e-3, num_steps=num_steps, warmup_steps=10, progress=False)
 
+
+# %% [markdown]
+# All methods of a draw begin with the same head.
 
 # %%
 def start(digits, seed):
@@ -734,6 +761,9 @@ print(
 alive = spread > 1e-6 * np.median(spread)
 print("features that hardly vary:", (~alive).sum(), "of", len(alive))
 
+
+# %% [markdown]
+# What head does a probe build from them, if it divides by the spread? And what gradient does that head send back?
 
 # %%
 def simple_head(columns):
@@ -1041,6 +1071,9 @@ for title, found in recorded["tasks"].items():
         print(f"{m:20}{1e3 * np.median(seconds):11.1f}{peak:11.1f}   {ratio}")
     print()
 
+# %% [markdown]
+# First picture: what do more trained numbers buy?
+
 # %% jupyter={"source_hidden": true}
 marks = dict(zip(METHODS, "oDs^vPX*h<>d"))
 fig, axes = tl.plots.subplots(1, 2, figsize=(10, 3.9))
@@ -1058,6 +1091,9 @@ tl.plots.alt(
     fig, words + "weights, with BitFit far above its count. Texts: flat within wide intervals."
 )
 
+# %% [markdown]
+# Second picture: where memory and time go (time on the CPU).
+
 # %% jupyter={"source_hidden": true}
 fig, axes = tl.plots.subplots(1, 2, figsize=(10, 3.9), sharey=True)
 names, left = list(text["bytes"]), np.zeros(len(text["bytes"]))
@@ -1068,7 +1104,7 @@ for kind, color in zip(("weights", "gradients", "state", "activations"), tl.plot
 peaks = [mean_interval(text["peak_growth_bytes"][m]).mean / 1e6 for m in names]
 axes[0].plot(peaks, names, "k|", ms=12, label="peak, measured")
 axes[0].set(xlabel="MB in a training step, texts, float32")
-axes[0].legend(fontsize=8, loc="lower right")
+axes[0].legend(fontsize=8, loc="upper right")
 axes[0].invert_yaxis()
 for found, color, mark, title in ((text, BLUE, "o", "texts"), (vision, ORANGE, "s", "images")):
     for m in found["bytes"]:

@@ -229,11 +229,13 @@ def hint_q2(case: tuple, expected: Arrays, got: object) -> str:
 
 
 def cases_q3(rng: np.random.Generator) -> list[tuple]:
-    """One value; a row where the running maximum matters; more values in any order."""
+    """One value; where the running maximum matters; where the cap does; more in any order."""
     cases: list[tuple] = [
         (rng.uniform(0.01, 0.2, 1),),
         # 3 * .02 = .06 is more than 2 * .025 = .05: the maximum carries it on.
         (rng.permutation(np.array([0.02, 0.025, 0.3]) * rng.uniform(0.9, 1.1)),),
+        # 3 * .4 is more than 1.
+        (rng.permutation(np.array([0.01, 0.4, 0.5, 0.9]) * rng.uniform(0.9, 1.1, 4)),),
     ]
     for k in (5, 8, 11):
         cases.append((rng.permutation(np.exp(rng.uniform(-8, -0.2, k))),))
