@@ -57,6 +57,7 @@ from tlcourse.adapters import (
 
 # %%
 from tlcourse.comparing import Comparison
+from tlcourse.derivatives import finite_differences
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir
@@ -330,25 +331,13 @@ def toy_loss():
     """A loss whose gradient differs from place to place."""
     return (t["C"] * (t["x"] @ dora_weight(t["W"], t["A"], t["B"], t["m"], s).T).sin()).sum()
 
-
-def slope(theta, place, step=1e-6):
-    """Finite difference of the toy loss in one entry."""
-    kept = theta[place].item()
-    theta[place] = kept + step
-    above = toy_loss()
-    theta[place] = kept - step
-    found = (above - toy_loss()) / (2 * step)
-    theta[place] = kept
-    return found.item()
-
-
 # %% [markdown]
 # From it follows $G$. Now both formulas against the slopes of the loss.
 
 # %%
 H = t["x"] @ dora_weight(t["W"], t["A"], t["B"], t["m"], s).T
 G = (t["C"] * H.cos()).T @ t["x"]  # dL/dW'
-slopes = {k: [slope(t[k], place) for place in np.ndindex(*t[k].shape)] for k in "mAB"}
+slopes = {k: finite_differences(toy_loss, t[k]).flatten().numpy() for k in "mAB"}
 for shortcut in (False, True):
     ours = dora_backward(G, *(t[k] for k in "WABm"), s, constant_length=shortcut)
     gaps = {k: np.abs(g.flatten().numpy() - slopes[k]).max() for k, g in ours.items()}
