@@ -20,7 +20,7 @@ DELEGATED = {
     "first": ("first", "a first transfer result on real data, in under half a minute"),
     "build": ("authoring", "make notebooks and solutions from the lessons"),
     "pretrain": ("pretrain", "rebuild an embedded checkpoint"),
-    "grade": ("grading", "grade a folder of submissions"),
+    "grade": ("grading.cli", "hand out, collect, grade and return exercises"),
 }
 
 

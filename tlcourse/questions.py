@@ -1,9 +1,9 @@
 """Graded questions: inputs, reference answers, and a check of the questions themselves.
 
 A lesson's ``questions.py`` holds a list ``QUESTIONS`` of :class:`Question`. A learner's check
-runs a question whole; a grader uses it in two halves, :meth:`Question.run` beside the
-untrusted answer and :meth:`Question.expect` with :func:`tlcourse.plain_data.compare` where the
-grade is given.
+runs a question whole; a grader uses it in two halves, :func:`respond` beside the untrusted
+answer, and :meth:`Question.measured`, :meth:`Question.expect` and
+:func:`tlcourse.plain_data.compare` where the grade is given.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Question:
             A list with the one empty tuple, ``[()]``, asks for a value, not for a function.
         expected: the right result for the arguments of a case; plain data.
         apply: ``apply(answer, *case)``, what is done with an answer; ``answer(*case)`` if None.
+            It runs beside the untrusted answer, so it must give raw results and no verdicts, and
+            neither it nor what it calls may be part of the reference.
+        measure: ``measure(raw, *case)``, what is compared with ``expected``; ``raw`` itself, the
+            result of the answer, if None. It runs where the grade is given.
         rtol, atol: tolerances, ``|got - expected| <= atol + rtol * |expected|``.
         hint: shown with a wrong answer; text, or ``hint(case, expected, got) -> str``.
         wrong: name -> known wrong answer, which every check must reject; at least three.
@@ -54,6 +58,7 @@ class Question:
     cases: Callable[[np.random.Generator], list[tuple]] | None = None
     expected: Callable[..., Any] | None = None
     apply: Callable[..., Any] | None = None
+    measure: Callable[..., Any] | None = None
     rtol: float = 1e-6
     atol: float = 1e-8
     hint: str | Callable[[tuple, Any, Any], str] = ""
@@ -99,18 +104,36 @@ class Question:
         Raises:
             NotPlainError: if the result is not plain data.
         """
-        arguments = copy.deepcopy(case)
-        if self.apply is not None:
-            return to_plain(self.apply(answer, *arguments))
-        if not case and not callable(answer):
-            return to_plain(answer)
-        return to_plain(answer(*arguments))
+        raw = to_plain(respond(answer, copy.deepcopy(case), self.apply))
+        return self.measured(raw, case)
+
+    def measured(self, raw: Any, case: tuple) -> Any:
+        """What is compared with :meth:`expect`, from the plain result of an answer.
+
+        Raises:
+            ValueError: if ``measure`` cannot read the result.
+        """
+        if self.measure is None:
+            return raw
+        try:
+            return to_plain(self.measure(raw, *copy.deepcopy(case)))
+        except Exception as error:
+            raise ValueError(f"the result cannot be read: {error}") from error
 
     def expect(self, case: tuple) -> Any:
         """The right result for one case, as plain data."""
         if self.expected is None:
             raise ValueError(f"{self.id} is marked by hand and expects no value")
         return to_plain(self.expected(*copy.deepcopy(case)))
+
+
+def respond(answer: Any, case: tuple, apply: Callable[..., Any] | None) -> Any:
+    """What an answer gives for a case; all of a question that runs beside untrusted code."""
+    if apply is not None:
+        return apply(answer, *case)
+    if not case and not callable(answer):
+        return answer
+    return answer(*case)
 
 
 def load_questions(path: Path) -> list[Question]:

@@ -260,19 +260,20 @@ def cases_split(rng):
 
 
 def apply_split(answer, num_examples, test_fraction, seed):
-    def call(with_seed):
-        train, test = answer(num_examples, test_fraction, with_seed)
-        return [int(i) for i in plain(train)], [int(i) for i in plain(test)]
+    """The two parts for a seed, for the same again, and for another."""
+    splits = [answer(num_examples, test_fraction, s) for s in (seed, seed, seed + 1)]
+    return [[[int(i) for i in plain(part)] for part in (train, test)] for train, test in splits]
 
-    train, test = call(seed)
-    again, other = call(seed), call(seed + 1)
+
+def measure_split(splits, num_examples, test_fraction, seed):
+    (train, test), (_, again), (_, other) = splits
     return {
         "number of training examples": len(train),
         "number of test examples": len(test),
         "examples that are in both": len(set(train) & set(test)),
         "different examples in all": len({i for i in train + test if 0 <= i < num_examples}),
-        "same seed gives the same split": sorted(again[1]) == sorted(test),
-        "another seed gives another split": sorted(other[1]) != sorted(test),
+        "same seed gives the same split": sorted(again) == sorted(test),
+        "another seed gives another split": sorted(other) != sorted(test),
     }
 
 
@@ -346,25 +347,18 @@ def cases_batches(rng):
     return cases
 
 
-def one_pass(batches, images, labels) -> tuple[list[int], list[int], bool]:
-    """Sizes of the batches, places of their images in ``images``, and whether labels match."""
-    place = {image.tobytes(): index for index, image in enumerate(images)}
-    sizes, order, paired = [], [], True
-    for batch_images, batch_labels in batches:
-        sizes.append(len(batch_images))
-        for image, label in zip(batch_images.numpy(), batch_labels, strict=True):
-            index = place[np.ascontiguousarray(image).tobytes()]
-            order.append(index)
-            paired = paired and int(label) == int(labels[index])
-    return sizes, order, paired
-
-
 def apply_batches(answer, images, labels, batch_size):
+    """Two passes over the answer's batches, each a list of [images, labels]."""
     import torch
 
     batches = answer(torch.from_numpy(images), torch.from_numpy(labels), batch_size)
-    sizes, order, paired = one_pass(batches, images, labels)
-    sizes_again, order_again, paired_again = one_pass(batches, images, labels)
+    return [[[tensor(x, "the images"), plain(y)] for x, y in batches] for _ in range(2)]
+
+
+def measure_batches(passes, images, labels, batch_size):
+    first, second = (one_pass(batches, images, labels) for batches in passes)
+    sizes, order, paired = first
+    sizes_again, order_again, paired_again = second
     return {
         "batch sizes": sizes,
         "every example once": sorted(order) == list(range(len(images))),
@@ -373,6 +367,19 @@ def apply_batches(answer, images, labels, batch_size):
         "batch sizes of the second pass": sizes_again,
         "second pass in a new order": order_again != order,
     }
+
+
+def one_pass(batches, images, labels) -> tuple[list[int], list[int], bool]:
+    """Sizes of the batches, places of their images in ``images``, and whether labels match."""
+    place = {image.tobytes(): index for index, image in enumerate(images)}
+    sizes, order, paired = [], [], True
+    for batch_images, batch_labels in batches:
+        sizes.append(len(batch_images))
+        for image, label in zip(batch_images, batch_labels, strict=True):
+            index = place[np.ascontiguousarray(image).tobytes()]
+            order.append(index)
+            paired = paired and int(label) == int(labels[index])
+    return sizes, order, paired
 
 
 def reference_batches(images, labels, batch_size):
@@ -834,6 +841,7 @@ QUESTIONS = [
         points=1,
         cases=cases_split,
         apply=apply_split,
+        measure=measure_split,
         expected=reference_split,
         right=right_split,
         hint=hint_split,
@@ -851,6 +859,7 @@ QUESTIONS = [
         points=1,
         cases=cases_batches,
         apply=apply_batches,
+        measure=measure_batches,
         expected=reference_batches,
         right=right_batches,
         hint=hint_batches,

@@ -1,0 +1,144 @@
+"""The inner wall: namespaces and limits that part one submission from all others.
+
+It stands inside the outer wall, bubblewrap's, and needs nothing but Linux and ctypes. A process
+that has already imported everything can walk in with all that it holds in memory, which no
+program that ends in ``exec`` allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import socket
+from dataclasses import dataclass
+
+NOBODY = 65534  # user and group that a teacher who is root becomes
+
+# <sched.h>, <sys/mount.h>, <sys/prctl.h>: the same on all processors.
+_NEW_MOUNTS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+_NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
+_EVERYTHING = (
+    _NEW_USER | _NEW_MOUNTS | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_CGROUP
+)  # fmt: skip
+_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 1, 4, 38
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MEGABYTE = 10**6
+_LIBRARIES = 8 * 2**30  # address space for libraries that a submission imports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What one submission may use.
+
+    Attributes:
+        memory_mb: writable memory of each process beyond what it began with.
+        processes: processes and threads at the same time.
+        disk_mb: all files in /tmp; also the size of any one file.
+        cpu_seconds: processor time of any one process.
+    """
+
+    memory_mb: int
+    processes: int
+    disk_mb: int
+    cpu_seconds: int
+
+
+def become_nobody() -> None:
+    """Give up root for good, and the right to gain anything by ``exec``."""
+    _call("prctl", _SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getuid() == 0:
+        # Here, and not by bubblewrap: where root starts it, it covers parts of /proc, and then
+        # the kernel lets nobody mount a /proc of their own.
+        _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        _call("prctl", _SET_DUMPABLE, 1, 0, 0, 0)  # /proc/self is this user's, not root's
+
+
+def new_namespaces() -> None:
+    """Leave for new namespaces; the next child is process 1 of its own world.
+
+    Raises:
+        OSError: where the system forbids it to a user without rights.
+    """
+    uid, gid = os.getuid(), os.getgid()
+    _call("unshare", _EVERYTHING)
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"{uid} {uid} 1")
+    _write("/proc/self/gid_map", f"{gid} {gid} 1")
+
+
+def furnish(bounds: Bounds) -> None:
+    """As process 1 of :func:`new_namespaces`: empty folders, a /proc of its own, no rights."""
+    with contextlib.suppress(OSError):  # who is killed first when memory runs out
+        _write("/proc/self/oom_score_adj", "1000")
+    _write("/proc/sys/user/max_user_namespaces", "0")  # no way further in
+    size = f"size={bounds.disk_mb * _MEGABYTE},mode=1777"
+    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, size)
+    _mount("tmpfs", "/dev/shm", "tmpfs", _NOSUID | _NODEV | _NOEXEC, size)
+    _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+    socket.sethostname("sandbox")
+    _drop_capabilities()
+
+
+def limit(bounds: Bounds) -> None:
+    """Set this process's limits; children inherit them."""
+    size, data = _size
+    memory = bounds.memory_mb * _MEGABYTE
+    for what, most in (
+        (resource.RLIMIT_DATA, data + memory),
+        (resource.RLIMIT_AS, size + memory + _LIBRARIES),
+        (resource.RLIMIT_NPROC, bounds.processes),
+        (resource.RLIMIT_FSIZE, bounds.disk_mb * _MEGABYTE),
+        (resource.RLIMIT_CPU, bounds.cpu_seconds),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most, most))
+
+
+def die_with_parent() -> None:
+    """Be killed when the parent ends."""
+    _call("prctl", _SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _drop_capabilities() -> None:
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    _call("capset", header, (ctypes.c_uint32 * 6)())
+
+
+def remember_size() -> None:
+    """Note the size of this process, for :func:`limit` in a child that has no /proc."""
+    with open("/proc/self/statm") as file:
+        pages = [int(word) * resource.getpagesize() for word in file.read().split()]
+    _size[:] = pages[0], pages[5]
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    texts = [text.encode() or None for text in (source, target, kind)]
+    _call("mount", *texts, ctypes.c_ulong(flags), data.encode() or None)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _call(name: str, *arguments: object) -> None:
+    if getattr(_libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+_size = [0, 0]  # bytes of address space, of it writable; before a submission

@@ -1,0 +1,206 @@
+"""Inside bubblewrap: import everything once, then fork a walled copy for each submission.
+
+Started by :mod:`tlcourse.grading.sandbox` as ``python -m tlcourse.grading.zygote FD``. It obeys
+messages on the socket FD: a job comes with the socket that the copy will talk over, "kill" ends
+the copy; when the copy and all its processes are gone, it says how that ended. One job at a
+time. It never reads a byte that a submission has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from tlcourse.grading import child, walls
+
+_PAGE = resource.getpagesize()
+_LOOK_SECONDS = 0.05  # between two looks at memory
+
+
+def main() -> int:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(control.recv(1 << 16))
+    walled = bool(settings["walled"])
+    if walled:
+        walls.become_nobody()
+    shell = child.make_shell()
+    for name in settings["preload"]:
+        _preload(name)
+    _one_thread()
+    nested = walled and _can_nest()
+    gc.collect()
+    gc.freeze()  # copies share these pages as long as nobody writes to them
+    walls.remember_size()
+    control.send(json.dumps({"ready": True, "nested": nested, "pid": os.getpid()}).encode())
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
+        if not message:
+            return 0
+        order = json.loads(message)
+        if "bounds" not in order:
+            continue  # a "kill" that came after the end
+        connection = socket.socket(fileno=descriptors[0])
+        bounds = walls.Bounds(**order["bounds"])
+        ending = _run(control, connection, bounds, shell, walled, nested)
+        control.send(json.dumps(ending).encode())
+
+
+def _run(
+    control: socket.socket,
+    connection: socket.socket,
+    bounds: walls.Bounds,
+    shell: Any,
+    walled: bool,
+    nested: bool,
+) -> dict:
+    """Fork one copy and watch it to its end."""
+    pid = os.fork()
+    if pid == 0:
+        control.close()
+        try:
+            _enter(connection, bounds, shell, walled, nested)
+        finally:
+            os._exit(70)
+    connection.close()
+    reason = _watch(control, pid, bounds if nested else None)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = _wait_for_nobody() if nested else 0
+    return {"code": code, "reason": reason, "left": left}
+
+
+def _enter(
+    connection: socket.socket, bounds: walls.Bounds, shell: Any, walled: bool, nested: bool
+) -> None:
+    """In the copy: through the wall, and on as process 1, whose end ends all the others."""
+    os.setsid()
+    walls.die_with_parent()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nothing, descriptor)
+    if connection.fileno() != 3:
+        os.dup2(connection.fileno(), 3)
+    os.closerange(4, 4096)
+    if nested:
+        walls.new_namespaces()
+        if first := os.fork():
+            os._exit(_exit_status(os.waitpid(first, 0)[1]))
+        walls.furnish(bounds)
+        walls.die_with_parent()
+    if worker := os.fork():
+        os.close(3)
+        os._exit(_reap_until(worker))
+    if walled:
+        walls.limit(bounds)
+    os.chdir("/tmp")
+    child.serve(socket.socket(fileno=3), shell, alone=nested)
+    os._exit(0)
+
+
+def _reap_until(worker: int) -> int:
+    """Bury children, orphans among them, until the worker ends; its exit status."""
+    while True:
+        pid, status = os.wait()
+        if pid == worker:
+            return _exit_status(status)
+
+
+def _exit_status(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _watch(control: socket.socket, pid: int, bounds: walls.Bounds | None) -> str:
+    """Wait for the end of the copy; kill it when told to, or when it takes too much memory."""
+    descriptor = os.pidfd_open(pid)
+    own = _resident(os.getpid())
+    reason = ""
+    try:
+        while True:
+            seconds = _LOOK_SECONDS if bounds else None
+            readable, _, _ = select.select([descriptor, control.fileno()], [], [], seconds)
+            if descriptor in readable:
+                return reason
+            if control.fileno() in readable and not reason:
+                control.recv(1 << 16)  # "kill", or the parent has gone
+                reason = "killed"
+                os.kill(pid, signal.SIGKILL)
+            elif bounds and not reason and _used(own) > bounds.memory_mb * 10**6:
+                reason = "memory"
+                os.kill(pid, signal.SIGKILL)
+            elif reason:
+                time.sleep(_LOOK_SECONDS)
+    finally:
+        os.close(descriptor)
+
+
+def _used(base: int) -> int:
+    """Bytes that the processes of the job hold beyond what they share with this one."""
+    return sum(max(0, _resident(pid) - base) for pid in _others())
+
+
+def _others() -> list[int]:
+    """All processes here but bubblewrap's first one and this one: the job's."""
+    known = {1, os.getpid()}
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in known]
+
+
+def _resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def _wait_for_nobody() -> int:
+    """Wait until the kernel has cleared the job away; how many processes are left after that."""
+    end = time.monotonic() + 5
+    while (left := len(_others())) and time.monotonic() < end:
+        time.sleep(0.002)
+    return left
+
+
+def _can_nest() -> bool:
+    """Whether a copy may make namespaces of its own; tried in a copy."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            walls.new_namespaces()
+            if first := os.fork():
+                os._exit(_exit_status(os.waitpid(first, 0)[1]))
+            bounds = walls.Bounds(memory_mb=64, processes=8, disk_mb=1, cpu_seconds=5)
+            walls.furnish(bounds)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _preload(name: str) -> None:
+    """Import a module, or what the notebook calls ``tl.something``; not there is no fault."""
+    with contextlib.suppress(ImportError, AttributeError):
+        if name.startswith("tl."):
+            getattr(importlib.import_module("tlcourse"), name.removeprefix("tl."))
+        else:
+            importlib.import_module(name)
+
+
+def _one_thread() -> None:
+    """Threads do not survive a fork, and small matrices gain nothing by them."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
