@@ -72,6 +72,8 @@ def rename_in_place(path: Path, old: bytes, new: bytes) -> Path:
         ("ada\\03.ipynb", "backslash"),
         ("..\\..\\evil\\03.ipynb", "backslash"),
         ("ada/03.ipynbQx.txt", "NUL"),
+        ("a/" * 30_000 + "03.ipynb", "60,008 characters"),
+        ("", "0 characters"),
     ],
 )
 def test_a_zip_path_that_leads_elsewhere_is_refused(folder, tmp_path, name, reason):
@@ -97,10 +99,17 @@ def test_a_link_or_device_in_a_zip_is_refused(folder, tmp_path, kind):
     assert not (folder.root / "submitted" / "ada").exists()
 
 
-def test_an_entry_that_stands_twice_is_refused(folder, tmp_path):
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        files = [("ada/03.ipynb", b"1"), ("bob/03.ipynb", b"{}"), ("ada/03.ipynb", b"2")]
-        path = make_zip(tmp_path / "all.zip", files)
+def test_an_entry_without_a_name_of_its_own_stops_nobody(folder, tmp_path):
+    names = [".", "./.", "./bob/./03.ipynb", "bob/"]
+    path = make_zip(tmp_path / "all.zip", [(entry_named(name), b"{}") for name in names])
+    assert statuses(run(folder, path)) == {"bob/03.ipynb": "new"}
+
+
+@pytest.mark.parametrize("again", ["ada/03.ipynb", "./ada//03.ipynb"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_entry_that_stands_twice_is_refused(folder, tmp_path, again):
+    files = [("ada/03.ipynb", b"1"), ("bob/03.ipynb", b"{}"), (again, b"2")]
+    path = make_zip(tmp_path / "all.zip", files)
     collected = run(folder, path)
     assert sorted(entry.status for entry in collected.entries) == ["new", "refused", "refused"]
     assert stored(folder, "ada") is None

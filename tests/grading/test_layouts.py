@@ -226,7 +226,7 @@ def test_the_table_overrules_the_layout_and_its_first_line_wins(folder, source, 
     table.write_text(
         "path,student_id,submitted_at\n"
         "a [1]/03.ipynb,ada,2026-11-20T13:05:11+01:00\n"  # a name, though it has brackets
-        "team,bob,\n"  # a folder: all below
+        "team/,bob,\n"  # a folder: all below
         "t*/03.ipynb,nobody,\n"
         "work.zip,cy,\n"
         "z_*,dan,2026-11-20T13:05:11Z\n"

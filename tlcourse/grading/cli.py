@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from tlcourse.grading import class_folder, collect, release, run
 from tlcourse.grading.class_folder import ClassFolder
+from tlcourse.grading.sandbox import SandboxError
 from tlcourse.machine import core_count
 
 _NEXT = """\
@@ -25,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``tlcourse grade``; returns the exit status."""
     options = _parser().parse_args(argv)
     action: Callable[[argparse.Namespace], int] = options.action
-    return action(options)
+    try:
+        return action(options)
+    except SandboxError as error:
+        print(f"tlcourse: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from tlcourse.grading.layouts import (
     read_origin,
     read_origin_table,
 )
-from tlcourse.grading.submissions import read_submitted_at, store_notebook, store_refusal
+from tlcourse.grading.store import read_submitted_at, store_notebook, store_refusal
 
 Status = Literal["new", "resubmitted", "unchanged", "superseded", "refused", "skipped"]
 _MAX_TRIES = 5  # notebooks of one student for one assignment that are read, newest first
@@ -135,6 +135,7 @@ def collect(
 
     A notebook's time comes from the table, else (with ``name_times``) from the name that the
     platform gave, else it is ``now``; never from a file or a zip, where a student could set it.
+    What is stored keeps its time: to correct one, delete its folder and collect again.
 
     Args:
         folder: the class folder.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tlcourse.grading.class_folder import ClassFolder
@@ -16,13 +20,28 @@ from tlcourse.grading.scoring import Mark, Outcome
 def open_gradebook(folder: ClassFolder) -> Iterator[Any]:
     """nbgrader's ``Gradebook`` of the class, closed at the end."""
     from nbgrader.api import Gradebook
+    from sqlalchemy.exc import SAWarning
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    book = Gradebook(folder.gradebook_url, folder.settings().course_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SAWarning)  # of nbgrader's own queries
+        with _programs_of_this_python():
+            book = Gradebook(folder.gradebook_url, folder.settings().course_id)
+        try:
+            yield book
+        finally:
+            book.close()
+
+
+@contextlib.contextmanager
+def _programs_of_this_python() -> Iterator[None]:
+    """nbgrader calls alembic by its name, which lies beside the Python that runs."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
     try:
-        yield book
+        yield
     finally:
-        book.close()
+        os.environ["PATH"] = before
 
 
 def answer_cell(mark: Mark) -> str:

@@ -23,6 +23,7 @@ from zipfile import ZipInfo
 from tlcourse.grading.class_settings import MEGABYTE, ClassError
 
 MAX_ENTRIES = 20_000  # of one zip
+_MAX_NAME = 1000  # characters of a path in a zip
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can ask for gigabytes of memory
 
 
@@ -69,7 +70,7 @@ def open_source(source: Path, limit_bytes: int) -> Iterator[Iterator[Found]]:
     elif source.is_file() and source.suffix.lower() == ".zip":
         try:
             archive = zipfile.ZipFile(source)
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # hostile bytes make zipfile raise errors of many kinds
             raise ClassError(f"{source}: cannot be opened as a zip: {error}") from error
         with archive:
             if len(archive.infolist()) > MAX_ENTRIES:
@@ -113,25 +114,30 @@ def _unzip(file: Found, read: Callable[[], bytes], limit_bytes: int) -> Iterator
 
 
 def _zip_files(archive: zipfile.ZipFile, read: Callable[[ZipInfo], bytes]) -> Iterator[Found]:
-    count = Counter(entry.filename for entry in archive.infolist())
-    for entry in archive.infolist():
+    entries = [(entry, _entry_path(entry)) for entry in archive.infolist()]
+    count = Counter(path for _, path in entries)
+    for entry, path in entries:
         problem = _entry_problem(entry)
-        parts = [part for part in entry.filename.split("/") if part not in ("", ".")]
         if problem:
             yield Found(entry.orig_filename, status="refused", reason=problem)
-        elif entry.is_dir() or not all(map(_is_visible, parts)):
+        elif not path or entry.is_dir() or not all(map(_is_visible, path.split("/"))):
             continue
-        elif count[entry.filename] > 1:
-            refuse = partial(_refuse, "appears twice in the zip", entry.file_size)
-            yield Found("/".join(parts), refuse)
+        elif count[path] > 1:
+            yield Found(path, partial(_refuse, "appears twice in the zip", entry.file_size))
         else:
-            yield Found("/".join(parts), partial(read, entry))
+            yield Found(path, partial(read, entry))
+
+
+def _entry_path(entry: ZipInfo) -> str:
+    return "/".join(part for part in entry.filename.split("/") if part not in ("", "."))
 
 
 def _entry_problem(entry: ZipInfo) -> str:
     """Why an entry must not be touched, from the name as it stands in the zip; "" if it may."""
     name = entry.orig_filename
     kind = stat.S_IFMT(entry.external_attr >> 16)
+    if not 0 < len(name) <= _MAX_NAME:
+        return f"a path of {len(name):,} characters"
     if "\0" in name or "\\" in name:
         return "a NUL or backslash in its name"
     if name.startswith("/") or re.match("[A-Za-z]:", name):

@@ -76,8 +76,10 @@ class TableLine:
 
     def matches(self, path: str) -> bool:
         """Whether the path, or a folder or zip that holds it, is or matches the pattern."""
-        holders = [path, *map(str, PurePosixPath(path).parents)]
-        return any(self.pattern == each or fnmatchcase(each, self.pattern) for each in holders)
+        pattern = self.pattern.rstrip("/")
+        if path == pattern or path.startswith(f"{pattern}/"):  # names with brackets, too
+            return True
+        return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}/*")
 
 
 class Roster:

@@ -82,7 +82,7 @@ class DaskPool:
             raise ModuleNotFoundError(
                 "a scheduler needs Dask: pip install 'tlcourse[cluster]'"
             ) from None
-        self._client = Client(scheduler, set_as_default=False)
+        self._client = Client(scheduler)
 
     def run(
         self, function: Function, jobs: Iterable[tuple[Label, bytes]]

@@ -33,8 +33,8 @@ from tlcourse.grading.graded import answered_questions, graded_notebook
 from tlcourse.grading.marking import make_job
 from tlcourse.grading.plan import Plan
 from tlcourse.grading.release import load_plan
+from tlcourse.grading.store import REFUSED_FILE, read_submitted_at, write_atomically
 from tlcourse.grading.submission import UnreadableError, parse, read
-from tlcourse.grading.submissions import REFUSED_FILE, read_submitted_at, write_atomically
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,9 @@ def _run(
     connection.close()
     reason = _watch(control, pid, bounds if nested else None)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if nested:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)  # all but bubblewrap's first process and this one
     left = _wait_for_nobody() if nested else 0
     return {"code": code, "reason": reason, "left": left}
 
@@ -96,11 +99,18 @@ def _enter(
             os._exit(_exit_status(os.waitpid(first, 0)[1]))
         walls.furnish(bounds)
         walls.die_with_parent()
+        walls.hide()  # what the worker does to this process it cannot take back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Descriptor 3 stays open here: where the parent sees its end, the exit code is known.
     if worker := os.fork():
-        os.close(3)
         os._exit(_reap_until(worker))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()  # a signal to its group does not reach the processes that watch it
+    if nested:
+        walls.show()
     if walled:
         walls.limit(bounds)
+        walls.forbid_calls()
     os.chdir("/tmp")
     child.serve(socket.socket(fileno=3), shell, alone=nested)
     os._exit(0)
