@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,12 +248,8 @@ def _rejection(question: Question, answer: Any, cases: list[tuple], expected: li
             return "cannot be a wrong answer: it counts as not attempted"
         except Exception as error:
             # Raised by the call itself, not inside the answer: a mistake of the question.
-            frames = error.__traceback__
-            inside = (
-                frames is not None
-                and frames.tb_next is not None
-                and (frames.tb_next.tb_next is not None)
-            )
+            depth = len(list(traceback.walk_tb(error.__traceback__)))
+            inside = depth > 3  # this function, `run` and `respond`
             if isinstance(error, TypeError) and not inside:
                 return f"cannot be called: {error}"
             return f"{type(error).__name__}: {error}"

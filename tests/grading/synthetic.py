@@ -34,18 +34,20 @@ def solved(name: str) -> NotebookNode:
     return nb
 
 
+def cell_of(nb: NotebookNode, grade_id: str) -> NotebookNode:
+    """The cell with this grade id."""
+    return next(c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade_id") == grade_id)
+
+
 def answer_index(nb: NotebookNode, question_id: str) -> int:
     """Where the answer to a question stands."""
-    wanted = f"{question_id.replace('.', '-')}-answer"
-    ids = [cell.metadata.get("nbgrader", {}).get("grade_id") for cell in nb.cells]
-    return ids.index(wanted)
+    return nb.cells.index(cell_of(nb, f"{question_id.replace('.', '-')}-answer"))
 
 
 def check_name(nb: NotebookNode, question_id: str) -> str:
     """The name that the check of a question looks at."""
-    wanted = f"{question_id.replace('.', '-')}-check"
-    cell = next(c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade_id") == wanted)
-    return cell.source.split(f'"{question_id}",')[1].split(")")[0].strip()
+    source = cell_of(nb, f"{question_id.replace('.', '-')}-check").source
+    return source.split(f'"{question_id}",')[1].split(")")[0].strip()
 
 
 def _stub(name: str, question_id: str) -> str:

@@ -238,14 +238,14 @@ def test_without_a_sandbox_it_refuses_and_says_how_to_get_one(
 ) -> None:
     submit(school, make_class(SMALL, 1))
     monkeypatch.setenv("PATH", os.devnull)
-    sandbox.problem.cache_clear()
+    sandbox._tried.cache_clear()
     with pytest.raises(sandbox.SandboxError, match="apt install bubblewrap"):
         grade(school, SMALL, QUIET)
     assert lines(school) == []
     # The teacher's own notebooks may be tried all the same.
     trusted = grade(school, SMALL, Options(quiet=True, walled=False))
     assert (trusted.graded, trusted.failed) == (1, {})
-    sandbox.problem.cache_clear()
+    sandbox._tried.cache_clear()
 
 
 def test_a_failing_sandbox_is_no_grade(

@@ -6,7 +6,9 @@ bounds, and where it had to be stopped; nothing is judged here.
 
 from __future__ import annotations
 
+import atexit
 import json
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,6 +20,10 @@ from tlcourse.grading.sandbox import Sandbox, SandboxError
 from tlcourse.grading.walls import Bounds
 
 _MOST_RUNS = 6  # a notebook that has been stopped so often is left as it is
+_DEEPEST = 50  # levels of JSON for those of plain data
+_MOST_PARTS = 100_000  # lists and dicts in a value
+_MOST_AXES = 32
+_MOST_ENTRIES = 20_000_000  # of an array, or characters of one of text
 _GRACE_SECONDS = 5  # for what the copy itself should have stopped
 _GROUP_SPARE = 2 * 2**30  # for the imports that all copies share
 _here = threading.local()
@@ -57,7 +63,8 @@ def attempt(job: bytes) -> bytes:
         job: JSON with "cells", "questions", "inputs", "preload", "walled" and "limits".
 
     Raises:
-        SandboxError: if the sandbox has failed twice; no fault of the submission.
+        SandboxError: if no sandbox can be had. One that breaks twice while a submission runs
+            counts as the submission's doing.
     """
     order = json.loads(job)
     start = time.monotonic()
@@ -67,7 +74,7 @@ def attempt(job: bytes) -> bytes:
         close_sandbox()
         if _stopping.is_set():
             raise
-        answers = _Attempt(order).run()
+        answers = _Attempt(order, last=True).run()
     answers.seconds = round(time.monotonic() - start, 2)
     return json.dumps(vars(answers)).encode()
 
@@ -99,6 +106,9 @@ def close_all() -> None:
     _stopping.clear()
 
 
+atexit.register(close_all)
+
+
 def _sandbox(order: dict[str, Any], bounds: Bounds) -> Sandbox:
     """This thread's sandbox with the right imports, kept from one submission to the next."""
     key = (tuple(order["preload"]), order["walled"], bounds)
@@ -114,10 +124,16 @@ def _sandbox(order: dict[str, Any], bounds: Bounds) -> Sandbox:
 
 
 class _Attempt:
-    """The runs of one submission: each skips what stopped the runs before it."""
+    """The runs of one submission: each skips what stopped the runs before it.
 
-    def __init__(self, order: dict[str, Any]) -> None:
+    Args:
+        order: the job.
+        last: a sandbox that breaks is not given another chance.
+    """
+
+    def __init__(self, order: dict[str, Any], last: bool = False) -> None:
         self.order = order
+        self.last = last
         self.limits = order["limits"]
         self.ids = {question["id"] for question in order["questions"]}
         self.skip_cells: set[int] = set()
@@ -132,6 +148,8 @@ class _Attempt:
                 self.answers.finished = True
                 break
             kind, which = where
+            if kind == "start" and not self.last:  # no code of the submission has run yet
+                raise SandboxError(f"a copy did not begin: {reason}")
             self.answers.stopped.append({"kind": kind, "which": which, "reason": reason})
             if kind == "cell":
                 self.skip_cells.add(which)
@@ -149,8 +167,11 @@ class _Attempt:
             disk_mb=self.limits["disk_mb"],
             cpu_seconds=int(self.limits["submission_seconds"]) + 1,
         )
+        before = time.monotonic()
         sandbox = _sandbox(self.order, bounds)
+        self.deadline += time.monotonic() - before  # imports are not the submission's time
         self.where: tuple[str, Any] = ("start", "")
+        self.inside = False  # a cell or question that has begun and not ended
         self.seen: set[str] = set()
         self.limit_at = min(self.deadline, time.monotonic() + self.limits["cell_seconds"])
         most = int(self.limits["output_mb"] * 10**6)
@@ -160,12 +181,25 @@ class _Attempt:
         finally:
             channel.close()
             sandbox.kill()
-            ending = sandbox.wait()
-            if not sandbox.nested:
-                close_sandbox()
-        if reason == "gone":
+            ending = self._ending(sandbox)
+        if reason == "gone" and (ending["reason"], ending["code"]) == ("killed", -signal.SIGKILL):
+            reason = "protocol"  # it lived, and had closed the connection
+        elif reason == "gone":
             reason = ending["reason"] if ending["reason"] == "memory" else _why(ending["code"])
         return self.where, reason
+
+    def _ending(self, sandbox: Sandbox) -> dict[str, Any]:
+        """How the copy ended; what breaks the sandbox, too, is as good as a crash."""
+        try:
+            ending = sandbox.wait()
+        except SandboxError:
+            if not self.last or self.where[0] == "start" or _stopping.is_set():
+                raise
+            close_sandbox()
+            return {"code": 128 + signal.SIGSEGV, "reason": ""}
+        if not sandbox.nested:
+            close_sandbox()
+        return ending
 
     def _talk(self, channel: Channel) -> str:
         """Listen until the end; "" if that was its own, else the reason."""
@@ -184,11 +218,14 @@ class _Attempt:
                 if message is None:
                     return "gone" if channel.ended else "time"
                 if message == {"end": True}:
-                    return "" if self.seen >= self.ids - self.skip_questions else "protocol"
+                    done = self.seen >= self.ids - self.skip_questions and not self.inside
+                    return "" if done else "protocol"
                 if not self._take(channel, message):
                     return "protocol"
         except ChannelError as error:
             return "output" if "more output" in str(error) else "protocol"
+        except TimeoutError:  # it does not read
+            return "time"
         except OSError:
             return "gone"
 
@@ -199,8 +236,13 @@ class _Attempt:
         kind, which = next(iter(message.items()))
         now = time.monotonic()
         if kind in ("cell", "passed", "failed") and type(which) is int:
-            if not 0 <= which < len(self.order["cells"]):
+            # Cells and questions begin and end in turn. Whatever a cell says while it runs is
+            # none of our messages, and it is that cell that has to be skipped.
+            if not 0 <= which < len(self.order["cells"]) or self.inside == (kind == "cell"):
                 return False
+            if kind != "cell" and self.where != ("cell", which):
+                return False
+            self.inside = kind == "cell"
             if kind == "cell":
                 self.where = ("cell", which)
                 self.limit_at = min(self.deadline, now + self.limits["cell_seconds"])
@@ -208,14 +250,18 @@ class _Attempt:
             elif kind == "failed":
                 self.answers.failed[str(which)] = _error(message)
             return True
-        if type(which) is not str or which not in self.ids:
+        if type(which) is not str or which not in self.ids or self.inside == (kind == "ask"):
             return False
+        if kind != "ask" and self.where != ("question", which):
+            return False
+        self.inside = kind not in ("asked", "died")
         if kind == "ask":
             self.where = ("question", which)
             self.seen.add(which)
             if which not in self.answers.asked:
                 self.answers.asked.append(which)
-            self.limit_at = now + self.limits["question_seconds"] + _GRACE_SECONDS
+            seconds = self.limits["question_seconds"] + _GRACE_SECONDS
+            self.limit_at = min(self.deadline, now + seconds)
             channel.send(self.order["inputs"][which])
         elif kind == "got":
             return self._take_value(which, message)
@@ -239,13 +285,57 @@ class _Attempt:
         values = self.answers.values.setdefault(which, {})
         if "error" in message:
             errors[str(case)] = _error(message)
+        elif not _within_bounds(message.get("value")):
+            return False
         elif str(case) not in values:  # the first counts: nobody may guess twice
             values[str(case)] = message.get("value")
         return True
 
 
 def _error(message: dict) -> list[str]:
-    return [str(message.get("error", ""))[:100], str(message.get("text", ""))[:2000]]
+    return [_text(message.get("error"), 100), _text(message.get("text"), 2000)]
+
+
+def _text(value: Any, most: int) -> str:
+    """One line that can be shown: no control characters, no half ones."""
+    if type(value) is not str:
+        return ""
+    return "".join(c if c.isprintable() else " " for c in value[:most])
+
+
+def _within_bounds(value: Any) -> bool:
+    """Whether a value costs the parent about as much as its length suggests.
+
+    It is no deeper than plain data can be, is not made of brackets, and its arrays do not ask for
+    more than they bring: few words of which one is long fill much memory as an array.
+    """
+    waiting, found = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        if type(item) not in (dict, list):
+            continue
+        if type(item) is dict and type(item.get("array")) is dict and not _modest(item["array"]):
+            return False
+        for part in item.values() if type(item) is dict else item:
+            if type(part) in (dict, list):
+                found += 1
+                waiting.append((part, depth + 1))
+                if depth == _DEEPEST or found > _MOST_PARTS:
+                    return False
+    return True
+
+
+def _modest(array: dict[str, Any]) -> bool:
+    """Whether what an array in JSON says of its own size can be believed."""
+    shape, words = array.get("shape"), array.get("text")
+    if type(shape) is list:
+        sizes = [n for n in shape if type(n) is int]
+        if len(shape) > _MOST_AXES or max(sizes, default=0) > _MOST_ENTRIES:
+            return False
+    if type(words) is list:
+        longest = max((len(word) for word in words if type(word) is str), default=0)
+        return len(words) * longest <= _MOST_ENTRIES
+    return True
 
 
 def _why(code: Any) -> str:

@@ -1,5 +1,8 @@
 """Control groups: the kernel's own bound on memory and processes, where we may use it.
 
+Groups also have equal shares of the processor, so that a submission with many processes does not
+take the time of those that run beside it.
+
 Without one, the bounds of :mod:`tlcourse.grading.walls` and the zygote's watch on memory hold
 alone; a control group also counts memory that no process maps.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -40,11 +44,14 @@ class Group:
             if (folder / "pids.max").exists():
                 (folder / "pids.max").write_text(str(processes))
 
-    def add(self, pid: int) -> None:
-        """Move a process in; what it starts from now on is in, too."""
-        for folder in self.folders:
-            with contextlib.suppress(ProcessLookupError):
-                (folder / "cgroup.procs").write_text(str(pid))
+    def entered_by(self, command: list[str]) -> list[str]:
+        """A command that enters the group before it becomes the given one.
+
+        From outside it would be too late: a process moves alone, without those it has started.
+        """
+        files = [str(folder / "cgroup.procs") for folder in self.folders]
+        script = 'while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift; exec "$@"'
+        return ["/bin/sh", "-e", "-c", script, "sh", *files, "--", *command]
 
     def remove(self) -> None:
         """Remove the group once its processes have ended."""
@@ -69,7 +76,8 @@ def new_group(memory_bytes: int, processes: int, root: Path = _ROOT) -> Group | 
         group.limit(memory_bytes, processes)
         if not all(_bounded(folder) for folder in group.folders):
             raise OSError("the bound did not take")
-    except OSError:
+        subprocess.run(group.entered_by(["true"]), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
         for parent in parents:
             with contextlib.suppress(OSError):
                 (parent / name).rmdir()
@@ -78,9 +86,8 @@ def new_group(memory_bytes: int, processes: int, root: Path = _ROOT) -> Group | 
 
 
 def _bounded(folder: Path) -> bool:
-    return any(
-        (folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes", "pids.max")
-    )
+    names = ("memory.max", "memory.limit_in_bytes", "pids.max", "cpu.shares")
+    return any((folder / name).exists() for name in names)
 
 
 def _parents(root: Path) -> list[Path]:
@@ -93,7 +100,7 @@ def _parents(root: Path) -> list[Path]:
     version_2: list[Path] = []
     for line in lines:
         _, controllers, place = line.split(":", 2)
-        if controllers in ("memory", "pids"):
+        if {"memory", "pids", "cpu"} & set(controllers.split(",")):
             version_1.append(root / controllers / place.lstrip("/"))
         elif not controllers and (root / "cgroup.controllers").exists():
             version_2.append(root / place.lstrip("/"))

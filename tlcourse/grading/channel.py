@@ -78,8 +78,10 @@ class Channel:
         """Wait for one message; None at the end of the stream, or when time is up."""
         end = None if seconds is None else time.monotonic() + seconds
         while (message := self.next()) is None:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if self.ended or not select.select([self], [], [], left)[0] or not self.read():
+            left = None if end is None else end - time.monotonic()
+            if self.ended or (left is not None and left <= 0):  # however much still comes
+                return None
+            if not select.select([self], [], [], left)[0] or not self.read():
                 return None
         return message
 

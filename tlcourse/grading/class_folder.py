@@ -50,6 +50,13 @@ root = Path(__file__).resolve().parent
 settings = tomllib.loads((root / "class.toml").read_text(encoding="utf-8"))
 c.CourseDirectory.root = str(root)
 c.CourseDirectory.course_id = settings["course_id"]
+
+# Formgrader shows what students wrote: keep these two lines.
+c.HTMLExporter.filters = {"markdown2html": "tlcourse.grading.formgrader.safe_markdown"}
+c.HTMLExporter.sanitize_html = True
+# nbgrader would run submissions without a sandbox, and overwrite what `tlcourse grade` has made.
+for step in (c.Autograde, c.GenerateAssignment, c.GenerateFeedback):
+    step.exporter_class = "tlcourse.grading.formgrader.Refused"
 '''
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import copy
+import textwrap
 from typing import Any
 
 import nbformat
@@ -39,10 +40,12 @@ def graded_notebook(
     Returns:
         A valid notebook with every graded cell of the release exactly once.
     """
+    from tlcourse.grading.formgrader import inert  # it needs nbconvert, which is slow to load
+
     marked = [cell for cell in release.cells if "nbgrader" in cell.metadata]
     ours = {cell.metadata.nbgrader.grade_id: cell for cell in marked}
     if submitted is None:
-        cells = [new_markdown_cell(f"**{outcome.reason}**"), *copy.deepcopy(release.cells)]
+        cells = [new_markdown_cell(inert(f"**{outcome.reason}**")), *copy.deepcopy(release.cells)]
     else:
         cells = _students_cells(submitted, ours)
     marks = {f"{mark.id.replace('.', '-')}-check": mark for mark in outcome.marks}
@@ -75,6 +78,8 @@ def _sources(nb: NotebookNode) -> dict[str, str]:
 
 
 def _students_cells(submitted: NotebookNode, ours: dict[str, NotebookNode]) -> list[NotebookNode]:
+    from tlcourse.grading.formgrader import inert
+
     cells, seen = [], set()
     for theirs in submitted.cells:
         cell = copy.deepcopy(theirs)
@@ -88,6 +93,10 @@ def _students_cells(submitted: NotebookNode, ours: dict[str, NotebookNode]) -> l
         if cell.cell_type == "code":
             cell.execution_count = None
             cell.outputs = _safe_outputs(cell.outputs)
+        elif cell.cell_type == "markdown":
+            cell.source = inert(cell.source)
+        else:  # raw: nbconvert would hand it to the browser
+            cell = new_markdown_cell(inert(textwrap.indent(cell.source, "    ")))
         cells.append(cell)
     for grade_id, known in ours.items():  # deleted ones come back, in their order, at the end
         if grade_id not in seen:

@@ -38,12 +38,18 @@ def release(folder: ClassFolder, number: str) -> Path:
     lesson = _lesson(number)
     nb = notebooks.make(lesson, "exercise")
     nb.metadata.pop("tlcourse", None)
-    make_plan(lesson.name, nb, folder.secret())  # can it be graded at all?
-    _enter(folder, lesson.name, nb)
+    path = hand_out(folder, lesson.name, nb)
     teacher = notebooks.make_teacher(lesson)
     teacher.metadata.pop("tlcourse", None)
     _write(teacher, folder.source(lesson.name) / f"{lesson.name}.ipynb")
-    path = folder.release(lesson.name) / f"{lesson.name}.ipynb"
+    return path
+
+
+def hand_out(folder: ClassFolder, name: str, nb: NotebookNode) -> Path:
+    """Write a notebook into ``release/`` and its questions into the gradebook."""
+    make_plan(name, nb, folder.secret())  # can it be graded at all?
+    _enter(folder, name, nb)
+    path = folder.release(name) / f"{name}.ipynb"
     _write(nb, path)
     return path
 

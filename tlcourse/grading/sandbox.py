@@ -67,6 +67,8 @@ class Sandbox:
         descriptor = inside.fileno()
         program = [sys.executable, "-m", "tlcourse.grading.zygote", str(descriptor)]
         command = [*outer_wall(), *program] if walled else program
+        if group is not None:
+            command = group.entered_by(command)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -74,7 +76,8 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                env=None if walled else {**os.environ, **_environment()},
+                # Not the teacher's environment: bubblewrap's own process would show it.
+                env=_environment() if walled else {**os.environ, **_environment()},
                 start_new_session=True,
             )
         except OSError as error:
@@ -82,8 +85,6 @@ class Sandbox:
             raise SandboxError(f"{command[0]} cannot be started: {error.strerror}") from None
         finally:
             inside.close()
-        if group is not None:
-            group.add(self._process.pid)
         settings = {"preload": list(preload), "walled": walled}
         self._control.send(json.dumps(settings).encode())
         self.nested = bool(self._answer(START_SECONDS)["nested"])
@@ -217,14 +218,23 @@ def hidden_folders() -> list[Path]:
     return [lessons] if any(lessons.is_relative_to(folder) for folder in visible()) else []
 
 
-@functools.cache
 def problem() -> str:
-    """Why no sandbox can be had here; "" if one works. Tries it, inner wall included."""
+    """Why no sandbox can be had here; "" if one works. Tried once."""
+    return _tried()[0]
+
+
+def can_nest() -> bool:
+    """Whether copies have walls of their own here; without, each submission starts a sandbox."""
+    return _tried()[1]
+
+
+@functools.cache
+def _tried() -> tuple[str, bool]:
     try:
-        Sandbox().close()
+        with Sandbox() as sandbox:
+            return "", sandbox.nested
     except SandboxError as error:
-        return str(error)
-    return ""
+        return str(error), False
 
 
 def _environment() -> dict[str, str]:

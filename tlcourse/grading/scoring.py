@@ -25,12 +25,13 @@ WORDS = {
     "output limit": "it gave too much output",
     "crashed": "it crashed the Python process",
     "ended the process": "it ended the Python process",
+    "interfered": "it interfered with the grading",
     "not run": "it was not reached",
     "unreadable": "the submitted file cannot be read",
     "manual": "marked by hand",
 }
 _REASONS = {"time": "time limit", "memory": "memory limit", "output": "output limit",
-            "crash": "crashed", "exit": "ended the process", "protocol": "crashed"}  # fmt: skip
+            "crash": "crashed", "exit": "ended the process", "protocol": "interfered"}  # fmt: skip
 _ERRORS = {name for name, value in vars(builtins).items()
            if isinstance(value, type) and issubclass(value, BaseException)}  # fmt: skip
 

@@ -57,10 +57,11 @@ def read(path: Path, most_bytes: int) -> Submission:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise UnreadableError(f"the file cannot be opened: {error.strerror}") from None
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise UnreadableError("it is not a plain file")
     with open(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise UnreadableError("it is not a plain file")
         data = file.read(most_bytes + 1) if info.st_size <= most_bytes else b""
     if info.st_size > most_bytes or len(data) > most_bytes:
         found, most = info.st_size / 10**6, most_bytes / 10**6
@@ -77,7 +78,7 @@ def parse(data: bytes) -> NotebookNode:
     if not data.strip():
         raise UnreadableError("the file is empty")
     try:
-        raw = json.loads(data.decode("utf-8"))
+        raw = json.loads(data.decode("utf-8-sig"))  # some editors put a mark before it
     except UnicodeDecodeError as error:
         raise UnreadableError(f"the file is not UTF-8 text (byte {error.start})") from None
     except RecursionError:
@@ -98,7 +99,8 @@ def _raw_cells(raw: Any) -> list[dict]:
     cells: Any = raw.get("cells")
     if cells is None and isinstance(raw.get("worksheets"), list):  # format 3
         sheets = [sheet for sheet in raw["worksheets"] if isinstance(sheet, dict)]
-        cells = [cell for sheet in sheets for cell in sheet.get("cells", [])]
+        parts = [sheet.get("cells") for sheet in sheets]
+        cells = [cell for part in parts if isinstance(part, list) for cell in part]
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise UnreadableError("the file is JSON, but not a notebook: it has no list of cells")
     return cells
@@ -114,8 +116,8 @@ def _cell(raw: dict, number: int) -> NotebookNode:
     if len(source) > _LONGEST_SOURCE:
         raise UnreadableError(f"cell {number + 1} has {len(source)} characters")
     kind = raw.get("cell_type")
-    make = {"code": new_code_cell, "markdown": new_markdown_cell}.get(str(kind), new_raw_cell)
-    cell = make(source)
+    make = new_code_cell if kind == "code" else new_raw_cell
+    cell = (new_markdown_cell if kind == "markdown" else make)(source)
     cell.id = f"cell-{number}"
     nbgrader = raw.get("metadata", {}).get("nbgrader") if _is_dict(raw.get("metadata")) else None
     grade_id = nbgrader.get("grade_id") if isinstance(nbgrader, dict) else None

@@ -105,6 +105,7 @@ def _enter(
     if worker := os.fork():
         os._exit(_reap_until(worker))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    walls.die_with_parent()
     os.setsid()  # a signal to its group does not reach the processes that watch it
     if nested:
         walls.show()
@@ -132,11 +133,11 @@ def _exit_status(status: int) -> int:
 def _watch(control: socket.socket, pid: int, bounds: walls.Bounds | None) -> str:
     """Wait for the end of the copy; kill it when told to, or when it takes too much memory."""
     descriptor = os.pidfd_open(pid)
-    own = _resident(os.getpid())
+    memory = _Memory() if bounds else None
     reason = ""
     try:
         while True:
-            seconds = _LOOK_SECONDS if bounds else None
+            seconds = _LOOK_SECONDS if memory else None
             readable, _, _ = select.select([descriptor, control.fileno()], [], [], seconds)
             if descriptor in readable:
                 return reason
@@ -144,7 +145,7 @@ def _watch(control: socket.socket, pid: int, bounds: walls.Bounds | None) -> str
                 control.recv(1 << 16)  # "kill", or the parent has gone
                 reason = "killed"
                 os.kill(pid, signal.SIGKILL)
-            elif bounds and not reason and _used(own) > bounds.memory_mb * 10**6:
+            elif memory and not reason and memory.more_than(bounds.memory_mb * 10**6):
                 reason = "memory"
                 os.kill(pid, signal.SIGKILL)
             elif reason:
@@ -153,9 +154,27 @@ def _watch(control: socket.socket, pid: int, bounds: walls.Bounds | None) -> str
         os.close(descriptor)
 
 
-def _used(base: int) -> int:
-    """Bytes that the processes of the job hold beyond what they share with this one."""
-    return sum(max(0, _resident(pid) - base) for pid in _others())
+class _Memory:
+    """What the processes of a job hold beyond what they share with this one.
+
+    Pages that several processes share count once: a copy of a large notebook, made to answer a
+    question, holds nothing yet. To count so takes a while, so it is done only where the sum of
+    all that is mapped says that it may be needed.
+    """
+
+    def __init__(self) -> None:
+        self.inherited = _anonymous(os.getpid())
+        self.before = _share(os.getpid())
+
+    def more_than(self, most: int) -> bool:
+        pids = _others()
+        mapped = [_resident(pid) for pid in pids]
+        # Two that guard the job and the one that runs it are copies of this process.
+        shared = sum(min(size, self.inherited) for size in mapped[:3])
+        if sum(mapped) - shared <= most:
+            return False
+        held = sum(_share(pid) for pid in [*pids, os.getpid()]) - self.before
+        return held - self.inherited > most  # one of the guards hides, and is counted in full
 
 
 def _others() -> list[int]:
@@ -170,6 +189,28 @@ def _resident(pid: int) -> int:
             return int(file.read().split()[1]) * _PAGE
     except (OSError, IndexError):
         return 0
+
+
+def _anonymous(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        _, mapped, shared, *_ = file.read().split()
+    return (int(mapped) - int(shared)) * _PAGE
+
+
+def _share(pid: int) -> int:
+    """Bytes that a process holds, files aside; of those shared by n processes, one n-th.
+
+    A process that nobody may look into counts in full.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            words = [line.split() for line in file if line.startswith("Pss")]
+    except ProcessLookupError:
+        return 0
+    except OSError:
+        return _resident(pid)
+    sizes = {word[0]: int(word[1]) * 1024 for word in words}
+    return sizes.get("Pss:", 0) - sizes.get("Pss_File:", 0)
 
 
 def _wait_for_nobody() -> int:
