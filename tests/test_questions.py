@@ -30,6 +30,22 @@ def test_reference_takes_less_than_a_second(question: Question) -> None:
     assert time.process_time() - started < 1
 
 
+def test_measure_is_what_is_compared_and_a_result_that_it_cannot_read_is_an_error() -> None:
+    question = Question(
+        id="99.q1",
+        title="two parts of n things",
+        points=1,
+        cases=lambda rng: [(4,)],
+        apply=lambda answer, n: answer(n),
+        measure=lambda parts, n: {"sizes": len(parts[0]) + len(parts[1]) == n},
+        expected=lambda n: {"sizes": True},
+    )
+    assert question.run(lambda n: [[0], [1, 2, 3]], (4,)) == {"sizes": True}
+    assert question.run(lambda n: [[0], [1]], (4,)) == {"sizes": False}
+    with pytest.raises(ValueError, match="cannot be read"):
+        question.run(lambda n: 3, (4,))
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 def test_one_question_is_about_judgement(lesson: object) -> None:
     questions = lesson.questions()  # type: ignore[attr-defined]

@@ -31,6 +31,8 @@ def solved(name: str) -> NotebookNode:
     """The solution of an exercise as a student would hand it in."""
     nb = nbformat.read(ROOT / "solutions" / f"{name}.ipynb", as_version=4)
     nb.metadata.pop("tlcourse", None)
+    handed_out = ROOT / "notebooks" / "exercises" / f"{name}.ipynb"
+    nb.cells[0] = nbformat.read(handed_out, as_version=4).cells[0]
     return nb
 
 

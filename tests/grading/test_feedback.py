@@ -160,16 +160,16 @@ def hostile_page(school) -> Path:
 def test_page_says_what_was_earned(school, change_settings):
     change_settings("[deadlines]\n", '[deadlines]\n"00" = 2026-11-20T11:00:00+00:00\n')
     change_settings("percent_per_day = 0 ", "percent_per_day = 10 ")
-    (school.root / "students.csv").write_text(
+    enter(school, "ada", outcome(0.5, 2), notebook(school, "Because *I* tried."))
+    (school.root / "students.csv").write_text(  # after grading: a name is taken over late, too
         "id,first_name,last_name,email,platform_id\nada,Ada,Abel,,\n", encoding="utf-8"
     )
-    enter(school, "ada", outcome(0.5, 2), notebook(school, "Because *I* tried."))
     (path,) = write_feedback(school, NAME)
     assert path == school.root / "feedback" / "ada" / NAME / f"{NAME}.html"
     page = _Page(path.read_text(encoding="utf-8"))
     _check(page)
     text = " ".join(page.text.split())
-    assert "Exercise 00: start here Ada Abel (ada) 2.25 of 5 points" in text
+    assert "Feedback on exercise 00: start here Ada Abel (ada) 2.25 of 5 points" in text
     assert "0.25 points were taken off, as it came late." in text
     assert "1 answer is still to be marked" in text
     assert "00.q1 Accuracy 0.5 of 1 right on 4 of 8 hidden inputs" in text

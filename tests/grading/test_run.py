@@ -19,7 +19,7 @@ import pytest
 from tests.grading.conftest import SMALL
 from tests.grading.synthetic import Made, answer_index, make_class, solved
 from tlcourse.grading import cli, journal, pools, sandbox
-from tlcourse.grading.class_folder import ClassFolder
+from tlcourse.grading.class_folder import ClassError, ClassFolder
 from tlcourse.grading.gradebook import open_gradebook
 from tlcourse.grading.run import Options, grade
 from tlcourse.grading.store import store_notebook, store_refusal
@@ -246,6 +246,17 @@ def test_without_a_sandbox_it_refuses_and_says_how_to_get_one(
     trusted = grade(school, SMALL, Options(quiet=True, walled=False))
     assert (trusted.graded, trusted.failed) == (1, {})
     sandbox._tried.cache_clear()
+
+
+def test_a_class_that_submissions_could_read_is_refused(
+    school: ClassFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(school, make_class(SMALL, 1))
+    visible = [*sandbox.visible(), school.root.parent]
+    monkeypatch.setattr(sandbox, "visible", lambda: visible)
+    with pytest.raises(ClassError, match="which submissions can read"):
+        grade(school, SMALL, QUIET)
+    assert lines(school) == []
 
 
 def test_a_failing_sandbox_is_no_grade(

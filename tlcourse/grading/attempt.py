@@ -286,7 +286,7 @@ class _Attempt:
         if "error" in message:
             errors[str(case)] = _error(message)
         elif not _within_bounds(message.get("value")):
-            return False
+            raise ChannelError("more output than a value may be")
         elif str(case) not in values:  # the first counts: nobody may guess twice
             values[str(case)] = message.get("value")
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -23,6 +24,8 @@ from tlcourse.grading.channel import Channel
 from tlcourse.questions import respond
 
 _LONGEST_TEXT = 2000
+_NO_ROOM = 1
+_ROOM = 8  # processes, those of the sandbox among them
 _NO_MEMORY = 128 + signal.SIGKILL  # as if the kernel had done it
 
 
@@ -115,6 +118,8 @@ def _run_cell(channel: Channel, shell: Any, number: int, source: str) -> str:
     if pyplot is not None:
         with contextlib.suppress(Exception):
             pyplot.close("all")
+    if _no_room():
+        os._exit(_NO_ROOM)
     if error is None:
         channel.send({"passed": number})
         return ""
@@ -123,6 +128,12 @@ def _run_cell(channel: Channel, shell: Any, number: int, source: str) -> str:
         os._exit(_NO_MEMORY)  # what it holds would starve the cells after it: run without this one
     channel.send({"failed": number, "error": name, "text": str(error)[:_LONGEST_TEXT]})
     return name
+
+
+def _no_room() -> bool:
+    """Whether a cell has left so many threads behind that no process can be started."""
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    return most > 0 and len(os.listdir("/proc/self/task")) > most - _ROOM
 
 
 def _ask(channel: Channel, job: dict, question: dict, namespace: dict, unsettled: dict) -> None:

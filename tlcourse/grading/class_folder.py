@@ -38,7 +38,8 @@ __all__ = ["ClassError", "ClassFolder", "LateRule", "Limits", "Settings", "Stude
 __all__ += ["create", "find"]
 
 _ASSIGNMENT = r"[0-9]{2}_[A-Za-z0-9_]+"
-_IGNORED = ["class_secret", "gradebook.db", "submitted/", "autograded/", "feedback/", "grading/"]
+_IGNORED = ["class_secret", "gradebook.db", "students.csv", "submitted/", "autograded/"]
+_IGNORED += ["feedback/", "grading/", "reports/"]
 _NBGRADER_CONFIG = '''\
 """nbgrader's settings for this class, written by `tlcourse grade init`; see class.toml."""
 

@@ -20,7 +20,13 @@ from tlcourse import locations
 from tlcourse.grading import journal
 from tlcourse.grading.class_folder import ClassError, ClassFolder
 from tlcourse.grading.formgrader import safe_markdown
-from tlcourse.grading.gradebook import answer_cell, grade_cell, open_gradebook, set_late_penalty
+from tlcourse.grading.gradebook import (
+    answer_cell,
+    enter_students,
+    grade_cell,
+    open_gradebook,
+    set_late_penalty,
+)
 from tlcourse.grading.scoring import Mark
 from tlcourse.grading.store import write_atomically
 from tlcourse.questions import load_questions
@@ -35,7 +41,8 @@ pre { font-size: 13px; line-height: 1.4; margin: 0; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #ccc; padding: .35rem .7rem; text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; overflow-wrap: break-word; }
+.notebook table { display: block; overflow-x: auto; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 blockquote { border-left: 4px solid #ccc; margin: 1rem 0; padding: 0 1rem; color: #444; }
 img { max-width: 100%; }
@@ -135,6 +142,7 @@ def write_feedback(folder: ClassFolder, name: str) -> list[Path]:
     exporter = _exporter()
     pages, missing = [], []
     with open_gradebook(folder) as book:
+        enter_students(book, folder)
         known = {each.student.id for each in book.notebook_submissions(name, name)}
         for student, entry in sorted(entries.items()):
             source = folder.autograded(student, name) / f"{name}.ipynb"
@@ -170,7 +178,7 @@ def _page(name: str, student: str, status: str, submission: Any) -> dict[str, An
     if status != "graded":
         notes.append(f"Status: {status}.")
     return {
-        "title": f"Exercise {name[:2]}: {name[3:].replace('_', ' ')}",
+        "title": f"Feedback on exercise {name[:2]}: {name[3:].replace('_', ' ')}",
         "student": f"{person} ({student})" if person else student,
         "total": f"{_number(total)} of {_number(most)} points",
         "notes": notes,

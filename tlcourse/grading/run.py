@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tlcourse.grading import attempt, journal, pools, sandbox, scoring
 from tlcourse.grading.class_folder import ClassFolder
-from tlcourse.grading.class_settings import MEGABYTE, Limits
+from tlcourse.grading.class_settings import MEGABYTE, ClassError, Limits
 from tlcourse.grading.gradebook import (
     enter_outcome,
     enter_students,
@@ -97,10 +97,12 @@ def grade(folder: ClassFolder, name: str, options: Options = Options()) -> Summa
     Raises:
         SandboxError: if there is no sandbox here to grade in.
         PlanError: if the exercise was not handed out.
+        ClassError: if the class folder lies where submissions can read.
     """
     start = time.monotonic()
     if options.walled and options.scheduler is None and (why := sandbox.problem()):
         raise sandbox.SandboxError(why)
+    _refuse_in_view(folder)
     plan, release = load_plan(folder, name)
     students = submitters(folder, name)
     known = journal.read(folder.results(name))
@@ -118,6 +120,12 @@ def grade(folder: ClassFolder, name: str, options: Options = Options()) -> Summa
     summary.statuses = Counter(entries[s].outcome.status for s in students if s in entries)
     summary.seconds = time.monotonic() - start
     return summary
+
+
+def _refuse_in_view(folder: ClassFolder) -> None:
+    for path in sandbox.visible():
+        if folder.root.is_relative_to(path):
+            raise ClassError(f"{folder.root} lies in {path}, which submissions can read; move it")
 
 
 def submitters(folder: ClassFolder, name: str) -> list[str]:

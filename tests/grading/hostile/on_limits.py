@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.grading.hostile.scene import Attack, Scene, beside, failed_text, first, last
+from tests.grading.hostile.scene import (
+    Attack,
+    Scene,
+    before_checks,
+    beside,
+    edited,
+    failed_text,
+    first,
+    last,
+)
 from tlcourse.grading.scoring import Outcome
 
 TOO_LONG, ENDED, CRASHED = "it took too long", "it ended the", "it crashed the"
@@ -53,10 +62,10 @@ TIME = [
     Attack(group=1, name="text of an error", does="Raises an error whose text never ends.",
            make=first(SLOW_TEXT), says=(f"cell 1: {TOO_LONG}",)),
     Attack(group=1, name="loop in an answer", does="Loops for ever in the answer to question 1.",
-           make=first("", q1="def cross_entropy(logits, targets):\n    while True: pass"),
+           make=edited(q1="def cross_entropy(logits, targets):\n    while True: pass"),
            points={"q1": 0}, status={"q1": "time limit"}, says=("question 03.q1",)),
     Attack(group=1, name="slow answer", does="Takes a second for each of three hidden inputs.",
-           make=first("", q1=beside("import time; time.sleep(1)")),
+           make=edited(q1=beside("import time; time.sleep(1)")),
            points={"q1": 0.666667}, status={"q1": "time limit"}, says=("question 03.q1",)),
 ]  # fmt: skip
 
@@ -70,19 +79,19 @@ CRASH = [
     )
 ] + [
     Attack(group=2, name="os._exit in an answer", does="Ends the process in answer 1.",
-           make=first("", q1=beside("import os; os._exit(0)")),
+           make=edited(q1=beside("import os; os._exit(0)")),
            points={"q1": 0}, status={"q1": "ended the process"}, says=("question 03.q1",)),
     Attack(group=2, name="segfault in an answer", does="Reads from address 0 in answer 1.",
-           make=first("", q1=beside("import ctypes; ctypes.string_at(0)")),
+           make=edited(q1=beside("import ctypes; ctypes.string_at(0)")),
            points={"q1": 0}, status={"q1": "crashed"}, says=("question 03.q1",)),
     Attack(group=2, name="sys.exit in an answer", does="Raises SystemExit in answer 1.",
-           make=first("", q1=beside("import sys; sys.exit()")),
+           make=edited(q1=beside("import sys; sys.exit()")),
            points={"q1": 0}, status={"q1": "raised"}),
     Attack(group=2, name="abort", does="Calls abort().", make=first("import os; os.abort()"),
            says=(f"cell 1: {CRASHED}",)),
     Attack(group=2, name="endless recursion", does="Recurses in C until the stack is full.",
            make=first("import sys\nsys.setrecursionlimit(10**9)\nx = []\n"
-                      "for _ in range(10**7): x = [x]\nrepr(x)"), says=("cell 1: ",)),
+                      "for _ in range(10**6): x = [x]\nrepr(x)"), says=("cell 1: ",)),
     Attack(group=2, name="another program", does="Replaces the process by another program.",
            make=first("import os; os.execv('/bin/true', ['true'])"), says=(f"cell 1: {ENDED}",)),
     Attack(group=2, name="kill the group", does="Sends SIGKILL to its whole process group.",
@@ -161,7 +170,7 @@ HOLDS = [
     Attack(group=3, name="numpy arrays", does="Fills NumPy arrays.",
            make=last("x = [np.ones(5_000_000) for _ in range(60)]"), says=(f"cell 24: {MEMORY}",)),
     Attack(group=3, name="numpy in an answer", does="Fills NumPy arrays in answer 1.",
-           make=first("", q1=beside("x = [np.ones(5_000_000) for _ in range(60)]")),
+           make=edited(q1=beside("x = [np.ones(5_000_000) for _ in range(60)]")),
            points={"q1": 0}, status={"q1": "memory limit"}),
     Attack(group=3, name="shared mapping", does="Fills 1.5 GB of shared anonymous memory.",
            make=first(MAPPED), says=(f"cell 1: {MEMORY}",)),
@@ -188,7 +197,7 @@ for _ in range(200):
 BREEDING = """\
 import os, resource
 try:
-    resource.setrlimit(resource.RLIMIT_NPROC, (200, 200))  # where the sandbox has set none
+    resource.setrlimit(resource.RLIMIT_NPROC, (32, 32))  # enough, and where there is no wall
 except ValueError:
     pass
 if os.fork() == 0:
@@ -241,12 +250,13 @@ def leaves_the_guard_alone(scene: Scene, outcome: Outcome, raw: dict[str, Any]) 
 SPAWNS = [
     Attack(group=4, name="fork bomb", does="Forks 200 processes that sleep.", make=first(BOMB)),
     Attack(group=4, name="breeding fork bomb", does="Processes that fork for ever, each of them.",
-           make=first(BREEDING)),
-    Attack(group=4, name="threads", does="Starts 200 threads.", make=first(THREADS)),
+           make=before_checks(BREEDING)),
+    Attack(group=4, name="threads", does="Starts 200 threads.", make=first(THREADS),
+           says=(f"cell 1: {ENDED}",)),
     Attack(group=4, name="orphan", does="Leaves a process behind, in a session of its own and deaf "
            "to signals, that writes to the class folder.", make=first(ORPHAN)),
     Attack(group=4, name="orphan of an answer", does="Leaves such a process behind in answer 1.",
-           make=first("", q1=beside(ORPHAN))),
+           make=edited(q1=beside(ORPHAN))),
     Attack(group=4, name="the process that guards it", does="Kills, stops, traces and writes to "
            "the process that ends it.", make=first(GUARD), check=leaves_the_guard_alone),
 ]  # fmt: skip
@@ -270,16 +280,16 @@ OUTPUT_ = [
     Attack(group=5, name="display", does="Displays 2,000 large outputs.", make=first(SHOW),
            cell_seconds=10),
     Attack(group=5, name="huge array as an answer", does="Returns an array of 80 MB.",
-           make=first("", q1="def cross_entropy(logits, targets):\n    return np.zeros(10**7)"),
+           make=edited(q1="def cross_entropy(logits, targets):\n    return np.zeros(10**7)"),
            points={"q1": 0}, status={"q1": "output limit"}, says=("question 03.q1",)),
     Attack(group=5, name="huge text as an answer", does="Returns a text of 50 MB.",
-           make=first("", q1="def cross_entropy(logits, targets):\n    return 'x' * 5 * 10**7"),
+           make=edited(q1="def cross_entropy(logits, targets):\n    return 'x' * 5 * 10**7"),
            points={"q1": 0}, status={"q1": "output limit"}),
     Attack(group=5, name="list of brackets", does="Returns a list of 200,000 empty lists.",
-           make=first("", q1="def cross_entropy(logits, targets):\n    return [[]] * 200_000"),
-           points={"q1": 0}),
+           make=edited(q1="def cross_entropy(logits, targets):\n    return [[]] * 200_000"),
+           points={"q1": 0}, status={"q1": "output limit"}),
     Attack(group=5, name="huge text of an error", does="Raises an error with a text of 100 MB.",
-           make=first("", q1=beside("raise ValueError('x' * 10**8)")),
+           make=edited(q1=beside("raise ValueError('x' * 10**8)")),
            points={"q1": 0}, status={"q1": "raised"}),
 ]  # fmt: skip
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import select
 import socket
 import stat
@@ -131,7 +130,7 @@ def make_scene(place: Path) -> Iterator[Scene]:
     """Build a scene below ``place``; its markers stand in files, environment and memory."""
 
     def marker(kind: str) -> str:
-        return f"PROBE-{kind}-{secrets.token_hex(8)}"
+        return f"PROBE-{kind}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
 
     folder = place / "class"
     other = folder / "submitted" / "other" / NAME
