@@ -70,6 +70,7 @@ def new_group(memory_bytes: int, processes: int, root: Path = _ROOT) -> Group | 
     parents = _parents(root)
     if not parents:
         return None
+    _clear_up(parents)
     group = None
     try:
         group = Group([parent / name for parent in parents])
@@ -83,6 +84,14 @@ def new_group(memory_bytes: int, processes: int, root: Path = _ROOT) -> Group | 
                 (parent / name).rmdir()
         return None
     return group
+
+
+def _clear_up(parents: list[Path]) -> None:
+    """Remove the groups of processes that were killed before they could do it."""
+    for folder in (folder for parent in parents for folder in parent.glob("tlcourse-*-*")):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _bounded(folder: Path) -> bool:

@@ -24,6 +24,13 @@ from tlcourse.grading.channel import Channel
 from tlcourse.questions import respond
 
 _LONGEST_TEXT = 2000
+_MAGICS = (
+    "autosave",
+    "clear",
+    "connect_info",
+    "qtconsole",
+    "tensorflow_version",
+)  # of Jupyter, Colab
 _NO_ROOM = 1
 _ROOM = 8  # processes, those of the sandbox among them
 _NO_MEMORY = 128 + signal.SIGKILL  # as if the kernel had done it
@@ -52,6 +59,9 @@ def make_shell() -> Any:
     config.InteractiveShell.colors = "nocolor"
     shell: Any = InteractiveShell.instance(config=config)
     shell.showtraceback = shell.showsyntaxerror = lambda *a, **k: None
+    shell.enable_matplotlib = lambda gui=None: (gui, "agg")
+    for name in _MAGICS:
+        shell.register_magic_function(lambda line: None, "line", name)
     # IPython would keep all that is printed, for its history.
     shell._tee = lambda *a, **k: contextlib.nullcontext()
     return shell
@@ -71,6 +81,7 @@ def serve(connection: socket.socket, shell: Any, alone: bool) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for module in (tlcourse, checks):
         vars(module)["check"] = lambda *arguments, **named: LATER
+    sys.path.insert(0, "")  # as in Jupyter: modules that a cell has written
     namespace = shell.user_ns
     namespace.update(__name__="__main__")
     questions = {question["id"]: question for question in job["questions"]}
@@ -81,9 +92,9 @@ def serve(connection: socket.socket, shell: Any, alone: bool) -> None:
     for number, cell in enumerate(job["cells"]):
         if number in job["skip_cells"]:
             continue
-        if not (cell["check"] and _only_checks(cell["source"])):
-            if _run_cell(channel, shell, number, cell["source"]) == "NameError":
-                failed.append(number)
+        only_checks = cell["check"] and _only_checks(cell["source"])
+        if not only_checks and _run_cell(channel, shell, number, cell["source"]) == "NameError":
+            failed.append(number)
         if cell["check"]:
             _ask(channel, job, questions[cell["check"]], namespace, unsettled)
     # Cells out of order: what failed for want of a name is run again while that helps.

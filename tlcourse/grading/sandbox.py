@@ -47,6 +47,7 @@ class Sandbox:
     Args:
         preload: modules that submissions will import; imported once.
         walled: False runs without any wall, for a teacher's own notebooks.
+        nest: False never builds the inner wall, as where the system forbids it.
         group: control group that bounds memory and processes of the whole sandbox, where the
             system lets us make one.
 
@@ -59,7 +60,12 @@ class Sandbox:
     """
 
     def __init__(
-        self, preload: tuple[str, ...] = (), *, walled: bool = True, group: Group | None = None
+        self,
+        preload: tuple[str, ...] = (),
+        *,
+        walled: bool = True,
+        nest: bool = True,
+        group: Group | None = None,
     ) -> None:
         self._group = group
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
@@ -82,11 +88,16 @@ class Sandbox:
             )
         except OSError as error:
             self._control.close()
+            self._log.close()
+            if group is not None:
+                group.remove()
             raise SandboxError(f"{command[0]} cannot be started: {error.strerror}") from None
         finally:
             inside.close()
-        settings = {"preload": list(preload), "walled": walled}
-        self._control.send(json.dumps(settings).encode())
+        kept = [str(path) for path in visible() if path.is_relative_to("/tmp")]
+        settings = {"preload": list(preload), "walled": walled, "nest": nest, "kept": kept}
+        with contextlib.suppress(OSError):  # it has ended already; _answer says why
+            self._control.send(json.dumps(settings).encode())
         self.nested = bool(self._answer(START_SECONDS)["nested"])
 
     def start(self, bounds: Bounds) -> socket.socket:
@@ -185,15 +196,16 @@ def outer_wall() -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
+    command += ["--dev", "/dev", "--perms", "1777", "--size", str(64 * 2**20), "--tmpfs", "/tmp"]
     folders = visible()
-    above = {parent for folder in folders for parent in folder.parents if parent != Path("/")}
+    above = {parent for folder in folders for parent in folder.parents}
+    above -= {Path("/"), Path("/tmp")}
     for parent in sorted(above - set(folders)):
         command += ["--perms", "0755", "--dir", str(parent)]
     for folder in folders:
         command += ["--ro-bind", str(folder), str(folder)]
     for hidden in hidden_folders():
         command += ["--tmpfs", str(hidden), "--remount-ro", str(hidden)]
-    command += ["--dev", "/dev", "--perms", "1777", "--size", str(64 * 2**20), "--tmpfs", "/tmp"]
     return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
 
 
@@ -251,6 +263,7 @@ def _environment() -> dict[str, str]:
         "MPLBACKEND": "Agg",
         "MPLCONFIGDIR": str(fonts or "/tmp"),
         "HF_HUB_OFFLINE": "1",
+        "PIP_NO_INDEX": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TLCOURSE_CACHE": "/tmp/tlcourse",
         "IPYTHONDIR": "/tmp/ipython",

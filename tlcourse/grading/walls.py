@@ -13,9 +13,9 @@ import errno
 import os
 import platform
 import resource
-import struct
 import signal
 import socket
+import struct
 from dataclasses import dataclass
 
 NOBODY = 65534  # user and group that a teacher who is root becomes
@@ -26,7 +26,7 @@ _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _EVERYTHING = (
     _NEW_USER | _NEW_MOUNTS | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_CGROUP
 )  # fmt: skip
-_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
+_NOSUID, _NODEV, _NOEXEC, _BIND, _MOVE, _ALL_BELOW = 2, 4, 8, 0x1000, 0x2000, 0x4000
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -89,13 +89,23 @@ def new_namespaces() -> None:
     _write("/proc/self/gid_map", f"{gid} {gid} 1")
 
 
-def furnish(bounds: Bounds) -> None:
-    """As process 1 of :func:`new_namespaces`: empty folders, a /proc of its own, no rights."""
+def furnish(bounds: Bounds, kept: list[str]) -> None:
+    """As process 1 of :func:`new_namespaces`: empty folders, a /proc of its own, no rights.
+
+    Args:
+        bounds: of the submission.
+        kept: folders within /tmp that stay visible.
+    """
     with contextlib.suppress(OSError):  # who is killed first when memory runs out
         _write("/proc/self/oom_score_adj", "1000")
     _write("/proc/sys/user/max_user_namespaces", "0")  # no way further in
     size = f"size={bounds.disk_mb * _MEGABYTE},mode=1777"
-    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, size)
+    _mount("tmpfs", "/dev/shm", "tmpfs", _NOSUID | _NODEV, size)
+    for folder in kept:
+        target = "/dev/shm" + folder.removeprefix("/tmp")
+        os.makedirs(target)
+        _mount(folder, target, "", _BIND | _ALL_BELOW)
+    _mount("/dev/shm", "/tmp", "", _MOVE)
     _mount("tmpfs", "/dev/shm", "tmpfs", _NOSUID | _NODEV | _NOEXEC, size)
     _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
     socket.sethostname("sandbox")

@@ -37,7 +37,8 @@ def main() -> int:
     for name in settings["preload"]:
         _preload(name)
     _one_thread()
-    nested = walled and _can_nest()
+    kept: list[str] = settings["kept"]
+    nested = walled and settings["nest"] and _can_nest(kept)
     gc.collect()
     gc.freeze()  # copies share these pages as long as nobody writes to them
     walls.remember_size()
@@ -51,7 +52,7 @@ def main() -> int:
             continue  # a "kill" that came after the end
         connection = socket.socket(fileno=descriptors[0])
         bounds = walls.Bounds(**order["bounds"])
-        ending = _run(control, connection, bounds, shell, walled, nested)
+        ending = _run(control, connection, bounds, shell, walled, nested, kept)
         control.send(json.dumps(ending).encode())
 
 
@@ -62,13 +63,14 @@ def _run(
     shell: Any,
     walled: bool,
     nested: bool,
+    kept: list[str],
 ) -> dict:
     """Fork one copy and watch it to its end."""
     pid = os.fork()
     if pid == 0:
         control.close()
         try:
-            _enter(connection, bounds, shell, walled, nested)
+            _enter(connection, bounds, shell, walled, nested, kept)
         finally:
             os._exit(70)
     connection.close()
@@ -82,7 +84,12 @@ def _run(
 
 
 def _enter(
-    connection: socket.socket, bounds: walls.Bounds, shell: Any, walled: bool, nested: bool
+    connection: socket.socket,
+    bounds: walls.Bounds,
+    shell: Any,
+    walled: bool,
+    nested: bool,
+    kept: list[str],
 ) -> None:
     """In the copy: through the wall, and on as process 1, whose end ends all the others."""
     os.setsid()
@@ -97,7 +104,7 @@ def _enter(
         walls.new_namespaces()
         if first := os.fork():
             os._exit(_exit_status(os.waitpid(first, 0)[1]))
-        walls.furnish(bounds)
+        walls.furnish(bounds, kept)
         walls.die_with_parent()
         walls.hide()  # what the worker does to this process it cannot take back
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -227,7 +234,7 @@ def _wait_for_nobody() -> int:
     return left
 
 
-def _can_nest() -> bool:
+def _can_nest(kept: list[str]) -> bool:
     """Whether a copy may make namespaces of its own; tried in a copy."""
     pid = os.fork()
     if pid == 0:
@@ -236,7 +243,7 @@ def _can_nest() -> bool:
             if first := os.fork():
                 os._exit(_exit_status(os.waitpid(first, 0)[1]))
             bounds = walls.Bounds(memory_mb=64, processes=8, disk_mb=1, cpu_seconds=5)
-            walls.furnish(bounds)
+            walls.furnish(bounds, kept)
             os._exit(0)
         finally:
             os._exit(1)
