@@ -39,9 +39,11 @@ class Result:
         return {question: marks[question].points or 0.0 for question in POINTS}
 
 
-def grade(scene: Scene, data: bytes | Path, cell_seconds: float) -> tuple[Outcome, dict[str, Any]]:
+def grade(
+    scene: Scene, data: bytes | Path, changes: dict[str, Any] | None = None
+) -> tuple[Outcome, dict[str, Any]]:
     """The outcome of a submission, and the worker's JSON behind it."""
-    limits = replace(LIMITS, cell_seconds=cell_seconds)
+    limits = replace(LIMITS, **(changes or {}))
     brought = [b"{}"]
 
     def record(job: bytes) -> bytes:
@@ -61,11 +63,12 @@ def grade(scene: Scene, data: bytes | Path, cell_seconds: float) -> tuple[Outcom
 def run(scene: Scene, attack: Attack) -> Result:
     """Grade an attack, and find what is not as it must be."""
     if attack.before is not None:
-        grade(scene, attack.before(scene), attack.cell_seconds)
+        earlier, _ = grade(scene, attack.before(scene))
+        assert not earlier.reason and not earlier.failed_cells, earlier
     data = attack.make(scene)
     digest, start = scene.digest(), time.monotonic()
     with at_most(attack.within + 60):
-        outcome, raw = grade(scene, data, attack.cell_seconds)
+        outcome, raw = grade(scene, data, attack.limits)
     result = Result(attack, outcome, raw, round(time.monotonic() - start, 2))
     if result.seconds > attack.within:
         result.amiss.append(f"took {result.seconds} s, more than {attack.within}")
@@ -85,8 +88,9 @@ def marks_amiss(result: Result) -> list[str]:
     if attack.points is not None and points != POINTS | attack.points:
         amiss.append(f"points {points}, expected {POINTS | attack.points}")
     statuses = {mark.id.split(".")[1]: mark.status for mark in outcome.marks}
-    amiss += [f"{question} is {statuses[question]!r}, expected {status!r}"
-              for question, status in attack.status.items() if statuses[question] != status]  # fmt: skip
+    for question, status in attack.status.items():
+        if statuses[question] != status:
+            amiss.append(f"{question} is {statuses[question]!r}, expected {status!r}")
     said = f"{outcome.status}: {outcome.reason}"
     amiss += [f"{said!r} does not say {words!r}" for words in attack.says if words not in said]
     if outcome.status != "graded" and not outcome.reason:
@@ -102,7 +106,8 @@ def words_amiss(outcome: Outcome) -> list[str]:
     stop = rf"({where}: ({ours})|it was not run to its end)"
     amiss = [f"told to the student: {mark.words()!r}" for mark in outcome.marks
              if not for_student.fullmatch(mark.words())]  # fmt: skip
-    if outcome.status != "unreadable" and not re.fullmatch(rf"({stop}(; {stop})*)?", outcome.reason):
+    stops = re.compile(rf"({stop}(; {stop})*)?")
+    if outcome.status != "unreadable" and not stops.fullmatch(outcome.reason):
         amiss.append(f"the reason is {outcome.reason!r}")
     texts = [*outcome.failed_cells.values(), *(mark.remark for mark in outcome.marks)]
     amiss += [f"not one line: {text[:80]!r}" for text in texts if not text.isprintable()]
@@ -129,7 +134,8 @@ def processes_left() -> int:
     parents = {}
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            parents[int(name)] = int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+            _, _, state = Path("/proc", name, "stat").read_text().rpartition(")")
+            parents[int(name)] = int(state.split()[1])
     found, size = {kept[1]._process.pid}, 0
     while len(found) != size:
         size = len(found)
@@ -142,7 +148,7 @@ def processes_left() -> int:
 
 def honest_work_amiss(scene: Scene) -> list[str]:
     """Grade honest work in the same sandbox; what is wrong with its outcome."""
-    outcome, _ = grade(scene, _HONEST(scene), LIMITS.cell_seconds)
+    outcome, _ = grade(scene, _HONEST(scene))
     points = sum(mark.points or 0 for mark in outcome.marks)
     if (outcome.status, points) == ("graded", sum(POINTS.values())):
         return []

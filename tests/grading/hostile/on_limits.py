@@ -19,6 +19,7 @@ from tlcourse.grading.scoring import Outcome
 TOO_LONG, ENDED, CRASHED = "it took too long", "it ended the", "it crashed the"
 MEMORY, OUTPUT = "it took too much memory", "it gave too much output"
 
+SHORT = {"cell_seconds": 2, "question_seconds": 1.5}
 DEAF = """\
 import ctypes, signal
 for number in range(1, 32):
@@ -47,32 +48,33 @@ raise Slow"""
 
 TIME = [
     Attack(group=1, name="loop in the first cell", does="Loops for ever in the first cell.",
-           make=first("while True: pass"), says=(f"cell 1: {TOO_LONG}",)),
+           make=first("while True: pass"), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="loop in the last cell", does="Loops for ever in the last cell.",
-           make=last("while True: pass"), says=(f"cell 24: {TOO_LONG}",)),
+           make=last("while True: pass"), says=(f"cell 23: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="loop that catches all", does="Loops and catches BaseException.",
-           make=first(LOOP_AND_CATCH), says=(f"cell 1: {TOO_LONG}",)),
+           make=first(LOOP_AND_CATCH), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="long multiplication", does="Computes pow(7, 10**8), which no signal "
-           "interrupts.", make=first("pow(7, 10**8)"), says=(f"cell 1: {TOO_LONG}",)),
+           "interrupts.", make=first("pow(7, 10**8)"), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="regular expression", does="Matches an expression with 2**40 ways.",
            make=first("import re\nre.match(r'(a|a)*$', 'a' * 40 + 'b')"),
-           says=(f"cell 1: {TOO_LONG}",)),
+           says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="deaf to signals", does="Ignores and blocks all signals and sleeps in C.",
-           make=first(DEAF), says=(f"cell 1: {TOO_LONG}",)),
+           make=first(DEAF), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="text of an error", does="Raises an error whose text never ends.",
-           make=first(SLOW_TEXT), says=(f"cell 1: {TOO_LONG}",)),
+           make=first(SLOW_TEXT), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="loop in an answer", does="Loops for ever in the answer to question 1.",
            make=edited(q1="def cross_entropy(logits, targets):\n    while True: pass"),
-           points={"q1": 0}, status={"q1": "time limit"}, says=("question 03.q1",)),
+           points={"q1": 0}, status={"q1": "time limit"}, says=("question 03.q1",), limits=SHORT),
     Attack(group=1, name="slow answer", does="Takes a second for each of three hidden inputs.",
            make=edited(q1=beside("import time; time.sleep(1)")),
-           points={"q1": 0.666667}, status={"q1": "time limit"}, says=("question 03.q1",)),
+           points={"q1": 0.666667}, status={"q1": "time limit"}, says=("question 03.q1",),
+           limits=SHORT),
 ]  # fmt: skip
 
 CRASH = [
     Attack(group=2, name=f"{name}, {place}", does=f"{does} in the {place} cell.",
            make=put(source), says=(f"cell {number}: {words}",))
-    for place, put, number in (("first", first, 1), ("last", last, 24))
+    for place, put, number in (("first", first, 1), ("last", last, 23))
     for name, does, source, words in (
         ("os._exit", "Ends the process", "import os; os._exit(0)", ENDED),
         ("segfault", "Reads from address 0", "import ctypes; ctypes.string_at(0)", CRASHED),
@@ -168,7 +170,7 @@ HOLDS = [
            make=first("x = []\nwhile True: x.append(bytearray(10**7))"),
            says=(f"cell 1: {MEMORY}",)),
     Attack(group=3, name="numpy arrays", does="Fills NumPy arrays.",
-           make=last("x = [np.ones(5_000_000) for _ in range(60)]"), says=(f"cell 24: {MEMORY}",)),
+           make=last("x = [np.ones(5_000_000) for _ in range(60)]"), says=(f"cell 23: {MEMORY}",)),
     Attack(group=3, name="numpy in an answer", does="Fills NumPy arrays in answer 1.",
            make=edited(q1=beside("x = [np.ones(5_000_000) for _ in range(60)]")),
            points={"q1": 0}, status={"q1": "memory limit"}),
@@ -276,9 +278,8 @@ for _ in range(2000):
 
 OUTPUT_ = [
     Attack(group=5, name="printing", does="Prints 100 MB in one line and a million short ones.",
-           make=first(NOISE), cell_seconds=10),
-    Attack(group=5, name="display", does="Displays 2,000 large outputs.", make=first(SHOW),
-           cell_seconds=10),
+           make=first(NOISE)),
+    Attack(group=5, name="display", does="Displays 2,000 large outputs.", make=first(SHOW)),
     Attack(group=5, name="huge array as an answer", does="Returns an array of 80 MB.",
            make=edited(q1="def cross_entropy(logits, targets):\n    return np.zeros(10**7)"),
            points={"q1": 0}, status={"q1": "output limit"}, says=("question 03.q1",)),

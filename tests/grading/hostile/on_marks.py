@@ -7,7 +7,6 @@ import struct
 from typing import Any
 
 from tests.grading.hostile.scene import (
-    LIMITS,
     WRONG_1,
     Attack,
     Scene,
@@ -216,7 +215,7 @@ for top, folders, files in os.walk("/"):
                      "lessons", "submitted", "answers.py") or name.endswith(".ipynb")
                 or "by_hand" in name) and path != "@PACKAGE@/questions.py":
             found.add(path)
-for path in ("@FOLDER@", "@FOLDER@/class_secret", "@FOLDER@/submitted", "/etc/passwd", 
+for path in ("@FOLDER@", "@FOLDER@/class_secret", "@FOLDER@/submitted", "/etc/passwd",
              "/etc/shadow", "/var", "/run", "/sys", "/boot", "/mnt",
              "@PACKAGE@/../lessons", "@PACKAGE@/../solutions", "@PACKAGE@/../tests",
              "@PACKAGE@/../.git", "/proc/1/root@FOLDER@", "/proc/self/root@FOLDER@"):
@@ -262,10 +261,15 @@ def search(*patterns):
     return sorted(x.decode() for x in hits)
 planted = "PLANTED-" + "here"
 """
-MEMORY = SEARCH + """
+MEMORY = (
+    SEARCH
+    + """
 found = search(rb"PROBE-[a-z]+-[0-9a-f]{16}", rb"_naive_cross_entrop[y]", rb"PLANTED-[h]ere")
 def cross_entropy(*a): return found"""
-EXPECTED = SEARCH + """
+)
+EXPECTED = (
+    SEARCH
+    + """
 planted, found = np.array([np.pi * 1e5, np.e]), []
 for k, (masked, mask) in enumerate([(planted.view(np.uint64)[0] ^ np.uint64(99), 99), *@MASKED@]):
     for piece in pieces():
@@ -273,6 +277,7 @@ for k, (masked, mask) in enumerate([(planted.view(np.uint64)[0] ^ np.uint64(99),
         if np.any((words ^ np.uint64(mask)) == np.uint64(masked)):
             found.append("PLANTED-here" if k == 0 else "an expected value")
 def cross_entropy(*a): return sorted(set(found))"""
+)
 FRAMES = """\
 import gc, sys
 names, frame = set(), sys._getframe()
@@ -304,7 +309,9 @@ get_ipython().user_ns_hidden["mark"] = mark
 if os.fork() == 0:
     os.setsid()
     import time; time.sleep(60); os._exit(0)"""
-LOOK = SEARCH + """
+LOOK = (
+    SEARCH
+    + """
 import builtins, os, socket, sys, tlcourse
 found = search(rb"PROBE-[a-z]+-[0-9a-f]{16}", rb"PLANTED-[h]ere")
 found += [v for v in map(lambda x: getattr(x, "mark", ""), (builtins, tlcourse, sys)) if v]
@@ -319,6 +326,7 @@ try:
 except OSError: pass
 found += [p for p in os.listdir("/proc") if p.isdigit() and int(p) > 2]
 def cross_entropy(*a): return [x for x in found if x]"""
+)
 SHOUT = """\
 class Told(Exception): pass
 Told.__name__ = Told.__qualname__ = repr(logits)[:80] + "\\x1b[31m\\u202e"
@@ -331,7 +339,7 @@ def value_of(raw: dict[str, Any], question: str = "03.q1") -> Any:
 
 
 def finds_no_file(scene: Scene, outcome: Outcome, raw: dict[str, Any]) -> None:
-    found = json.loads(failed_text(raw, 4))
+    found = json.loads(failed_text(raw, 3))
     assert not found, found
 
 
@@ -381,23 +389,21 @@ def search_expected(scene: Scene) -> bytes | Any:
 
 HUNTS = [
     _hunt("disk", "Looks through the whole disk for lessons, solutions and classes.", WALK,
-          finds_no_file, cell_seconds=10),
+          finds_no_file),
     _hunt("processes", "Reads /proc: processes, environments, open files, mounts.", PROCESSES,
           finds_no_process),
     _hunt("memory", "Searches its memory for secrets, other students and reference answers.",
-          MEMORY, finds_nothing, cell_seconds=10),
+          MEMORY, finds_nothing),
     Attack(group=12, name="expected values", does="Searches its memory for the right answers to "
-           "the hidden inputs.", make=search_expected, points={"q1": 0}, check=finds_nothing,
-           cell_seconds=10),
+           "the hidden inputs.", make=search_expected, points={"q1": 0}, check=finds_nothing),
     _hunt("frames and objects", "Walks up the stack and through all objects.", FRAMES,
           finds_no_frame),
     _hunt("the student before", "Searches memory, files, keys, sockets and processes for what the "
           "submission before it has left in all of them.", LOOK, finds_nothing,
-          before=first(LEAVE), cell_seconds=10),
+          before=first(LEAVE)),
     Attack(group=12, name="hidden inputs told", does="Raises an error whose name and text are the "
            "hidden inputs and codes for a terminal.", make=edited(q1=beside(SHOUT)),
            points={"q1": 0}, status={"q1": "raised"}, check=tells_nothing),
 ]  # fmt: skip
 
 ATTACKS = [*TURNED, *LOOKS_RIGHT, *HUNTS]
-assert LIMITS.cell_seconds == 2  # what is said of seconds above

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 NAME = "03_gradients_by_hand"
 POINTS = {"q1": 2.0, "q2": 2.0, "q3": 2.0, "q4": 4.0, "q5": 4.0}  # q6 is marked by hand
 LIMITS = Limits(
-    cell_seconds=2, question_seconds=1.5, submission_seconds=30, memory_mb=600, processes=64,
+    cell_seconds=10, question_seconds=6, submission_seconds=60, memory_mb=600, processes=64,
     disk_mb=16, output_mb=4,
 )  # fmt: skip
 GROUPS = {
@@ -71,7 +71,7 @@ class Attack:
         before: another student's submission, graded just before in the same sandbox.
         check: looks at the outcome and at all that the worker brought back.
         within: seconds, the most that grading may take.
-        cell_seconds: where the limit must be another.
+        limits: those that are not as usual; short where time is what is attacked.
     """
 
     group: int
@@ -83,8 +83,8 @@ class Attack:
     says: tuple[str, ...] = ()
     before: Make | None = None
     check: Check | None = None
-    within: float = 15
-    cell_seconds: float = LIMITS.cell_seconds
+    within: float = 40
+    limits: dict[str, float] = field(default_factory=dict)
 
     @property
     def honest_points(self) -> float:
@@ -176,13 +176,17 @@ def _listen(folder: Path) -> dict[str, socket.socket]:
 
 
 _solution: list[NotebookNode] = []
+_PICTURE = 3
 
 
-def solution() -> NotebookNode:
-    """Honest work that is worth all points."""
+def solution(whole: bool = False) -> NotebookNode:
+    """Honest work that is worth all points; not whole: without a picture that takes long."""
     if not _solution:
         _solution.append(nbformat.read(ROOT / "solutions" / f"{NAME}.ipynb", 4))
-    return copy.deepcopy(_solution[0])
+    nb = copy.deepcopy(_solution[0])
+    if not whole:
+        del nb.cells[_PICTURE]
+    return nb
 
 
 def grade_id(cell: NotebookNode) -> str:
@@ -227,7 +231,7 @@ def last(source: str, **answers: str) -> Make:
 
 def before_checks(source: str, **answers: str) -> Make:
     """The solution with a cell put behind the imports, before the first check."""
-    return edited(lambda nb: nb.cells.insert(6, new_code_cell(source)), **answers)
+    return edited(lambda nb: nb.cells.insert(5, new_code_cell(source)), **answers)
 
 
 def beside(body: str, right: bool = True) -> str:
