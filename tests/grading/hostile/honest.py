@@ -79,6 +79,17 @@ def module(nb: NotebookNode) -> None:
                      new_code_cell("from own import own\nassert own() == 7")]  # fmt: skip
 
 
+def magic_cells(nb: NotebookNode) -> None:
+    sources = [
+        "%%time\ny = sum(range(10))",
+        "%%capture out\nprint(5)",
+        "%%bash\necho hi > hi.txt",
+        "%%timeit -n 1 -r 1\nsum(range(10))",
+        "assert (y, out.stdout, open('hi.txt').read()) == (45, '5\\n', 'hi\\n')",
+    ]
+    nb.cells[3:3] = [new_code_cell(source) for source in sources]
+
+
 def split_answer(nb: NotebookNode) -> None:
     """An answer in two cells, both with its grade id, as an editor splits them."""
     answer = find(nb, "q3-answer")
@@ -106,7 +117,6 @@ files = !ls /tmp
 %env PROBABLY=1
 %pwd
 x = 1"""
-CELL_MAGIC = "%%time\ny = sum(range(10))"
 ASYNC = """\
 import asyncio
 async def later(x):
@@ -148,6 +158,9 @@ assert kept_open.submit(square, 3).result() == 9
 lock = multiprocessing.Lock()
 with lock: pass
 shared = multiprocessing.Array("d", 10)"""
+JOBLIB = """\
+from joblib import Parallel, delayed
+assert Parallel(n_jobs=2)(delayed(abs)(n) for n in (-1, 2)) == [1, 2]"""
 PLOTS = """\
 import matplotlib.pyplot as plt
 for _ in range(3):
@@ -231,12 +244,13 @@ ATTACKS = [
     Attack(group=15, name="large array", does="Holds two thirds of its memory while answers run.",
            make=before_checks(BIG, q1=COPY_OF_BIG)),
     _cell("magics", "Line magics, shell commands.", MAGICS),
-    _cell("cell magic", "Times a cell.", CELL_MAGIC),
+    _odd("magic cells", "Cells that are timed, captured, or run by bash.", magic_cells),
     _odd("module", "Writes a module in one cell and imports it in the next.", module),
     _cell("pip", "Installs a package, without a network.",
           "%pip install -q nothing-like-it\nz = 1"),
     _cell("await", "Top-level await.", ASYNC),
     _cell("processes", "Pools of processes and threads, one left open.", PARALLEL),
+    _cell("joblib", "Runs scikit-learn's loops in processes of their own.", JOBLIB),
     _cell("plots", "Plots, shows and saves.", PLOTS),
     _cell("files", "Writes and reads files of its own.", FILES),
     _cell("noise", "Warnings, logs, progress bars, text on stderr.", NOISY),

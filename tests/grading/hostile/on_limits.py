@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
 from tests.grading.hostile.scene import (
     Attack,
     Scene,
@@ -19,7 +22,7 @@ from tlcourse.grading.scoring import Outcome
 TOO_LONG, ENDED, CRASHED = "it took too long", "it ended the", "it crashed the"
 MEMORY, OUTPUT = "it took too much memory", "it gave too much output"
 
-SHORT = {"cell_seconds": 2, "question_seconds": 1.5}
+SHORT = {"cell_seconds": 1.5, "question_seconds": 1.2}
 DEAF = """\
 import ctypes, signal
 for number in range(1, 32):
@@ -46,6 +49,12 @@ class Slow(Exception):
             pass
 raise Slow"""
 
+
+def staircase(nb: NotebookNode) -> None:
+    steps = [f"name_{n} = name_{n + 1}" for n in range(60)]
+    nb.cells = [new_code_cell(step) for step in [*steps, "name_60 = 0"]] + nb.cells
+
+
 TIME = [
     Attack(group=1, name="loop in the first cell", does="Loops for ever in the first cell.",
            make=first("while True: pass"), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
@@ -62,11 +71,13 @@ TIME = [
            make=first(DEAF), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
     Attack(group=1, name="text of an error", does="Raises an error whose text never ends.",
            make=first(SLOW_TEXT), says=(f"cell 1: {TOO_LONG}",), limits=SHORT),
+    Attack(group=1, name="a staircase", does="60 cells that lack a name, so that each can run only "
+           "after another round over all of them.", make=edited(staircase)),
     Attack(group=1, name="loop in an answer", does="Loops for ever in the answer to question 1.",
            make=edited(q1="def cross_entropy(logits, targets):\n    while True: pass"),
            points={"q1": 0}, status={"q1": "time limit"}, says=("question 03.q1",), limits=SHORT),
-    Attack(group=1, name="slow answer", does="Takes a second for each of three hidden inputs.",
-           make=edited(q1=beside("import time; time.sleep(1)")),
+    Attack(group=1, name="slow answer", does="Takes 0.8 seconds for each of three hidden inputs.",
+           make=edited(q1=beside("import time; time.sleep(0.8)")),
            points={"q1": 0.666667}, status={"q1": "time limit"}, says=("question 03.q1",),
            limits=SHORT),
 ]  # fmt: skip
@@ -139,9 +150,22 @@ try:
     for _ in range(300): os.write(f, bytes(10**6))
 except OSError as error:
     refused.append(error.errno)
-if libc.shmget(0, 300_000_000, 0o1600) < 0:
-    refused.append(ctypes.get_errno())
+for name, *a in (("shmget", 0, 300_000_000), ("msgget", 0), ("semget", 0, 100)):
+    if getattr(libc, name)(*a, 0o1600) < 0:
+        refused.append(ctypes.get_errno())
 raise ValueError(refused)"""
+EMPTY_FILES = """\
+import os
+count = 0
+try:
+    for folder in ("/tmp/files", "/tmp/links"):
+        os.mkdir(folder)
+        for count in range(100_000):
+            open(f"/tmp/files/{count}", "w").close() if "files" in folder else (
+                os.link("/tmp/files/0", f"/tmp/links/{count}"))
+except OSError:
+    pass
+raise ValueError(len(os.listdir("/tmp/files")))"""
 FULL_DISK = """\
 import os
 written = {}
@@ -157,7 +181,11 @@ raise ValueError(written)"""
 
 
 def refuses_unmapped_memory(scene: Scene, outcome: Outcome, raw: dict[str, Any]) -> None:
-    assert failed_text(raw) == "[1, 1]"
+    assert failed_text(raw) == "[1, 1, 1, 1]"
+
+
+def makes_few_files(scene: Scene, outcome: Outcome, raw: dict[str, Any]) -> None:
+    assert 10_000 < int(failed_text(raw)) < 20_000
 
 
 def fills_a_small_disk(scene: Scene, outcome: Outcome, raw: dict[str, Any]) -> None:
@@ -181,6 +209,8 @@ HOLDS = [
            check=refuses_unmapped_memory),
     Attack(group=3, name="files in memory", does="Fills /tmp and /dev/shm.",
            make=first(FULL_DISK), check=fills_a_small_disk),
+    Attack(group=3, name="empty files", does="Makes 100,000 empty files, each of which takes a "
+           "kilobyte of the kernel's memory.", make=first(EMPTY_FILES), check=makes_few_files),
     Attack(group=3, name="many programs", does="Starts 25 programs that hold 60 MB each.",
            make=first(MANY), says=(f"cell 1: {MEMORY}",)),
     Attack(group=3, name="many copies", does="Forks 12 copies that hold 100 MB each.",

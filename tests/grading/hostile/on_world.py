@@ -18,7 +18,7 @@ from tests.grading.hostile.scene import (
 )
 from tlcourse.grading.scoring import Outcome
 
-SHORT = {"cell_seconds": 2, "question_seconds": 1.5}
+SHORT = {"cell_seconds": 1.5, "question_seconds": 1.2}
 PROBE = "hostile_probe_file"  # a name that nothing else has; removed where it turns up
 WRITE = f"""\
 import glob, json, os, sys, sysconfig
@@ -88,6 +88,7 @@ tries = {
     "sethostname": lambda: libc.sethostname(b"x", 1),
     "mknod": lambda: libc.mknod(b"/tmp/disk", stat.S_IFBLK | 0o666, os.makedev(254, 0)),
     "setns": lambda: libc.setns(os.open("/proc/1/ns/mnt", os.O_RDONLY), 0),
+    "kernel log": lambda: min(0, libc.klogctl(3, ctypes.create_string_buffer(10**6), 10**6)),
     "nice": lambda: libc.setpriority(0, 0, -10),
     "clock": lambda: libc.settimeofday(bytes(16), None),
     "reboot": lambda: libc.reboot(0x89ABCDEF),  # would only allow Ctrl-Alt-Delete
