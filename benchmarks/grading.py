@@ -290,10 +290,10 @@ def main() -> None:
         result = {
             "settings": {"exercise": NAME, "per_round": PER_ROUND, "rounds": options.rounds},
             "machine": machine(),
+            "compare": compare(options.rounds, scratch),
             "hundred": hundred(scratch),
             "memory": memory(scratch),
             "scaling": scaling(scratch),
-            "compare": compare(options.rounds, scratch),
         }
     packages = ("nbgrader", "nbclient", "distributed", "torch", "ipython")
     result["versions"] = {name: version(name) for name in packages}
