@@ -186,7 +186,7 @@ cross_entropy = lambda z, t: np.mean(
     z.max(1) + np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) - z[np.arange(len(t)), t])"""
 TYPES = beside("pass").replace("return np.mean", "return np.float32(1) * 0 + np.mean")
 BIG = "large = np.ones(50_000_000)  # 400 of 600 MB\nprint(large.nbytes)"
-COPY_OF_BIG = beside("import time; time.sleep(0.25); total = len(large)")
+COPY_OF_BIG = beside("import time; time.sleep(0.15); total = len(large)")
 DIVERGED = """\
 def cross_entropy(logits, targets, _seen=[]):
     _seen.append(1)

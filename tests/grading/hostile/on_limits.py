@@ -104,7 +104,7 @@ CRASH = [
            says=(f"cell 1: {CRASHED}",)),
     Attack(group=2, name="endless recursion", does="Recurses in C until the stack is full.",
            make=first("import sys\nsys.setrecursionlimit(10**9)\nx = []\n"
-                      "for _ in range(10**6): x = [x]\nrepr(x)"), says=("cell 1: ",)),
+                      "for _ in range(3 * 10**5): x = [x]\nrepr(x)"), says=("cell 1: ",)),
     Attack(group=2, name="another program", does="Replaces the process by another program.",
            make=first("import os; os.execv('/bin/true', ['true'])"), says=(f"cell 1: {ENDED}",)),
     Attack(group=2, name="kill the group", does="Sends SIGKILL to its whole process group.",

@@ -170,12 +170,12 @@ def test_a_submission_beside_does_not_starve() -> None:
     assert answers(work, cell_seconds=60)["finished"]
 
     def beside() -> None:
-        answers(spin, cell_seconds=6, submission_seconds=7)
+        answers(spin, cell_seconds=4, submission_seconds=5)
         attempt.close_sandbox()
 
     thread = threading.Thread(target=beside)
     thread.start()
-    time.sleep(3)
+    time.sleep(2.5)  # its sandbox has to start
     start = time.monotonic()
     assert answers(work, cell_seconds=60)["finished"]
     seconds = time.monotonic() - start
