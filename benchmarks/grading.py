@@ -1,10 +1,10 @@
 """Grading a class: our sandboxes beside nbgrader's autograder and bare nbclient.
 
-    python benchmarks/grading.py [--rounds N] [--only EDITION] [--out FILE]
+    python benchmarks/grading.py [--rounds N] [--out FILE]
 
-Each of two rounds grades the same 20 made-up submissions of exercise 03 in every way (40 where a
-submission takes least), one way after the other, in another order each round. Every way pays for
-its own start in every round. Three editions of the exercise:
+Each of two rounds grades the same 20 made-up submissions of exercise 03 in every way, one way after
+the other, in another order each round. Every way pays for its own start in every round.
+Three editions of the exercise:
 
 - as it is, in the first round alone: with its experiments, which run in a notebook only when the
   answer is right;
@@ -51,9 +51,8 @@ from tlcourse.grading.store import store_notebook
 from tlcourse.locations import data_dir, repo_root
 
 NAME = "03_gradients_by_hand"
-ROUNDS, MANY = 2, 100
+PER_ROUND, ROUNDS, MANY = 20, 2, 100
 EDITIONS = ("as it is", "answers", "answers, no torch")
-PER_ROUND = dict(zip(EDITIONS, (20, 20, 40), strict=True))
 OURS = ("ours, 1 worker", "ours, 2 workers")
 WAYS = (*OURS, "nbgrader autograde", "nbclient")
 ROOT = repo_root() or Path()
@@ -142,14 +141,12 @@ def timed(action: Callable[[], None]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "core_seconds": busy_seconds() - busy}
 
 
-def compare(rounds: int, scratch: Path, editions: tuple[str, ...] = EDITIONS) -> dict[str, Any]:
+def compare(rounds: int, scratch: Path) -> dict[str, Any]:
     """Every way on every edition, interleaved."""
-    found: dict[str, Any] = {edition: {way: [] for way in WAYS} for edition in editions}
+    found: dict[str, Any] = {edition: {way: [] for way in WAYS} for edition in EDITIONS}
     for number in range(rounds):
-        for edition in editions:
-            if number and edition == EDITIONS[0]:
-                continue  # as it is: in the first round alone
-            school = make_school(scratch / "school", edition, PER_ROUND[edition], seed=number)
+        for edition in EDITIONS[min(number, 1) :]:  # as it is: in the first round alone
+            school = make_school(scratch / "school", edition, PER_ROUND, seed=number)
             for way in WAYS[number % 4 :] + WAYS[: number % 4]:
                 copied = ClassFolder(Path(shutil.copytree(school.root, scratch / "copy")))
                 found[edition][way].append(timed(lambda: runner(way)(copied)))  # noqa: B023
@@ -157,14 +154,14 @@ def compare(rounds: int, scratch: Path, editions: tuple[str, ...] = EDITIONS) ->
                       f"{found[edition][way][-1]['seconds']:.1f} s", flush=True)  # fmt: skip
                 shutil.rmtree(copied.root)
             shutil.rmtree(school.root)
-    return {edition: _medians(ways, PER_ROUND[edition]) for edition, ways in found.items()}
+    return {edition: _medians(ways) for edition, ways in found.items()}
 
 
-def _medians(ways: dict[str, list[dict[str, float]]], count: int) -> dict[str, Any]:
+def _medians(ways: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for way, runs in ways.items():
-        seconds = [run["seconds"] / count for run in runs]
-        cores = [run["core_seconds"] / count for run in runs]
+        seconds = [run["seconds"] / PER_ROUND for run in runs]
+        cores = [run["core_seconds"] / PER_ROUND for run in runs]
         slower = [r["seconds"] / o["seconds"] for r, o in zip(runs, ways[OURS[1]], strict=True)]
         rows[way] = {
             "seconds_per_submission": statistics.median(seconds),
@@ -203,7 +200,7 @@ def _graded(school: ClassFolder, options: Options) -> None:
 
 def memory(scratch: Path) -> dict[str, float]:
     """Memory (PSS) of one worker's sandbox: at rest, and its peak over a round."""
-    school = make_school(scratch / "school", EDITIONS[0], 20, seed=3)
+    school = make_school(scratch / "school", EDITIONS[0], PER_ROUND, seed=3)
     release = nbformat.read(school.release(NAME) / f"{NAME}.ipynb", as_version=4)
     plan = make_plan(NAME, release, school.secret())
     paths = sorted(school.root.glob(f"submitted/*/{NAME}/{NAME}.ipynb"))
@@ -286,31 +283,22 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", choices=EDITIONS, help="measure this anew, keep the rest")
     parser.add_argument("--out", type=Path, default=data_dir() / "results" / "grading.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        if options.only:
-            result = json.loads(options.out.read_text(encoding="utf-8"))
-            result["compare"] |= compare(options.rounds, scratch, (options.only,))
-        else:
-            result = measure(options.rounds, scratch)
+        result = {
+            "settings": {"exercise": NAME, "per_round": PER_ROUND, "rounds": options.rounds},
+            "machine": machine(),
+            "compare": compare(options.rounds, scratch),
+            "hundred": hundred(scratch),
+            "memory": memory(scratch),
+            "scaling": scaling(scratch),
+        }
+    packages = ("nbgrader", "nbclient", "distributed", "torch", "ipython")
+    result["versions"] = {name: version(name) for name in packages}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{markdown(result)}\nwritten: {options.out}")
-
-
-def measure(rounds: int, scratch: Path) -> dict[str, Any]:
-    packages = ("nbgrader", "nbclient", "distributed", "torch", "ipython")
-    return {
-        "settings": {"exercise": NAME, "per_round": PER_ROUND, "rounds": rounds},
-        "machine": machine(),
-        "compare": compare(rounds, scratch),
-        "hundred": hundred(scratch),
-        "memory": memory(scratch),
-        "scaling": scaling(scratch),
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 if __name__ == "__main__":

@@ -93,9 +93,8 @@ def main() -> int:
     out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     page = locations.repo_root() / "docs" / "hostile_suite.md"
     page.write_text(every_attack(recorded), encoding="utf-8")
-    print(
-        f"{by_group(recorded)}\n{recorded['contained']} of {len(rows)} attacks were contained; {out}"
-    )
+    print(by_group(recorded))
+    print(f"{recorded['contained']} of {len(rows)} attacks were contained; {out}")
     return 0 if recorded["contained"] == len(rows) else 1
 
 
