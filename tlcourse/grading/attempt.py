@@ -17,13 +17,10 @@ from typing import Any
 from tlcourse.grading import cgroups
 from tlcourse.grading.channel import Channel, ChannelError
 from tlcourse.grading.sandbox import Sandbox, SandboxError
+from tlcourse.grading.untrusted import one_line, within_bounds
 from tlcourse.grading.walls import Bounds
 
 _MOST_RUNS = 6  # a notebook that has been stopped so often is left as it is
-_DEEPEST = 50  # levels of JSON for those of plain data
-_MOST_PARTS = 100_000  # lists and dicts in a value
-_MOST_AXES = 32
-_MOST_ENTRIES = 20_000_000  # of an array, or characters of one of text
 _GRACE_SECONDS = 5  # for what the copy itself should have stopped
 _GROUP_SPARE = 2 * 2**30  # for the imports that all copies share
 _here = threading.local()
@@ -285,7 +282,7 @@ class _Attempt:
         values = self.answers.values.setdefault(which, {})
         if "error" in message:
             errors[str(case)] = _error(message)
-        elif not _within_bounds(message.get("value")):
+        elif not within_bounds(message.get("value")):
             raise ChannelError("more output than a value may be")
         elif str(case) not in values:  # the first counts: nobody may guess twice
             values[str(case)] = message.get("value")
@@ -293,49 +290,7 @@ class _Attempt:
 
 
 def _error(message: dict) -> list[str]:
-    return [_text(message.get("error"), 100), _text(message.get("text"), 2000)]
-
-
-def _text(value: Any, most: int) -> str:
-    """One line that can be shown: no control characters, no half ones."""
-    if type(value) is not str:
-        return ""
-    return "".join(c if c.isprintable() else " " for c in value[:most])
-
-
-def _within_bounds(value: Any) -> bool:
-    """Whether a value costs the parent about as much as its length suggests.
-
-    It is no deeper than plain data can be, is not made of brackets, and its arrays do not ask for
-    more than they bring: few words of which one is long fill much memory as an array.
-    """
-    waiting, found = [(value, 0)], 0
-    while waiting:
-        item, depth = waiting.pop()
-        if type(item) not in (dict, list):
-            continue
-        if type(item) is dict and type(item.get("array")) is dict and not _modest(item["array"]):
-            return False
-        for part in item.values() if type(item) is dict else item:
-            if type(part) in (dict, list):
-                found += 1
-                waiting.append((part, depth + 1))
-                if depth == _DEEPEST or found > _MOST_PARTS:
-                    return False
-    return True
-
-
-def _modest(array: dict[str, Any]) -> bool:
-    """Whether what an array in JSON says of its own size can be believed."""
-    shape, words = array.get("shape"), array.get("text")
-    if type(shape) is list:
-        sizes = [n for n in shape if type(n) is int]
-        if len(shape) > _MOST_AXES or max(sizes, default=0) > _MOST_ENTRIES:
-            return False
-    if type(words) is list:
-        longest = max((len(word) for word in words if type(word) is str), default=0)
-        return len(words) * longest <= _MOST_ENTRIES
-    return True
+    return [one_line(message.get("error"), 100), one_line(message.get("text"), 2000)]
 
 
 def _why(code: Any) -> str:
@@ -343,8 +298,8 @@ def _why(code: Any) -> str:
     if type(code) is not int or code == 0:
         return "exit"
     number = -code if code < 0 else code - 128
-    if number in (9,):
+    if number == signal.SIGKILL:
         return "memory"
-    if number == 24:
+    if number == signal.SIGXCPU:
         return "time"
     return "crash" if number > 0 else "exit"

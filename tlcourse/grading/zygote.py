@@ -19,12 +19,30 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from tlcourse.grading import child, walls
 
 _PAGE = resource.getpagesize()
 _LOOK_SECONDS = 0.05  # between two looks at memory
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What every copy finds here.
+
+    Attributes:
+        shell: that runs the cells.
+        walled: copies have limits.
+        nested: copies have an inner wall.
+        kept: folders below /tmp that they can see.
+    """
+
+    shell: Any
+    walled: bool
+    nested: bool
+    kept: list[str]
 
 
 def main() -> int:
@@ -39,6 +57,7 @@ def main() -> int:
     _one_thread()
     kept: list[str] = settings["kept"]
     nested = walled and settings["nest"] and _can_nest(kept)
+    place = _Place(shell, walled, nested, kept)
     gc.collect()
     gc.freeze()  # copies share these pages as long as nobody writes to them
     walls.remember_size()
@@ -52,45 +71,32 @@ def main() -> int:
             continue  # a "kill" that came after the end
         connection = socket.socket(fileno=descriptors[0])
         bounds = walls.Bounds(**order["bounds"])
-        ending = _run(control, connection, bounds, shell, walled, nested, kept)
+        ending = _run(control, connection, bounds, place)
         control.send(json.dumps(ending).encode())
 
 
 def _run(
-    control: socket.socket,
-    connection: socket.socket,
-    bounds: walls.Bounds,
-    shell: Any,
-    walled: bool,
-    nested: bool,
-    kept: list[str],
+    control: socket.socket, connection: socket.socket, bounds: walls.Bounds, place: _Place
 ) -> dict:
     """Fork one copy and watch it to its end."""
     pid = os.fork()
     if pid == 0:
         control.close()
         try:
-            _enter(connection, bounds, shell, walled, nested, kept)
+            _enter(connection, bounds, place)
         finally:
             os._exit(70)
     connection.close()
-    reason = _watch(control, pid, bounds if nested else None)
+    reason = _watch(control, pid, bounds if place.nested else None)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if nested:
+    if place.nested:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # all but bubblewrap's first process and this one
-    left = _wait_for_nobody() if nested else 0
+    left = _wait_for_nobody() if place.nested else 0
     return {"code": code, "reason": reason, "left": left}
 
 
-def _enter(
-    connection: socket.socket,
-    bounds: walls.Bounds,
-    shell: Any,
-    walled: bool,
-    nested: bool,
-    kept: list[str],
-) -> None:
+def _enter(connection: socket.socket, bounds: walls.Bounds, place: _Place) -> None:
     """In the copy: through the wall, and on as process 1, whose end ends all the others."""
     os.setsid()
     walls.die_with_parent()
@@ -100,11 +106,11 @@ def _enter(
     if connection.fileno() != 3:
         os.dup2(connection.fileno(), 3)
     os.closerange(4, 4096)
-    if nested:
+    if place.nested:
         walls.new_namespaces()
         if first := os.fork():
             os._exit(_exit_status(os.waitpid(first, 0)[1]))
-        walls.furnish(bounds, kept)
+        walls.furnish(bounds, place.kept)
         walls.die_with_parent()
         walls.hide()  # what the worker does to this process it cannot take back
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -114,13 +120,13 @@ def _enter(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     walls.die_with_parent()
     os.setsid()  # a signal to its group does not reach the processes that watch it
-    if nested:
+    if place.nested:
         walls.show()
-    if walled:
+    if place.walled:
         walls.limit(bounds)
         walls.forbid_calls()
     os.chdir("/tmp")
-    child.serve(socket.socket(fileno=3), shell, alone=nested)
+    child.serve(socket.socket(fileno=3), place.shell, alone=place.nested)
     os._exit(0)
 
 
