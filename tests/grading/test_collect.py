@@ -27,7 +27,7 @@ from collecting import (
     zip_bytes,
 )
 
-from tlcourse.grading import class_folder, incoming, submissions
+from tlcourse.grading import class_folder, incoming, store
 from tlcourse.grading.class_folder import ClassError, ClassFolder
 
 
@@ -191,7 +191,7 @@ def test_a_crash_while_replacing_loses_nothing(folder, source, monkeypatch, cras
             raise KeyboardInterrupt
         os.rename(partial, target)
 
-    monkeypatch.setattr(submissions.os, "replace", crash)
+    monkeypatch.setattr(store.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         run(folder, source, now=NOW + timedelta(days=1))
     monkeypatch.undo()
