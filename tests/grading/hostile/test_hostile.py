@@ -18,7 +18,7 @@ from tests.grading.hostile.attacks import ATTACKS
 from tests.grading.hostile.judging import honest_work_amiss, run
 from tests.grading.hostile.on_limits import MANY as MANY_PROGRAMS
 from tests.grading.hostile.scene import GROUPS, LIMITS, ROOT, Attack, Scene, grade_id, make_scene
-from tlcourse.grading import attempt, cgroups, marking, sandbox, scoring
+from tlcourse.grading import attempt, cgroups, marking, sandbox, scoring, untrusted
 from tlcourse.grading.class_settings import Limits
 from tlcourse.grading.plan import make_plan
 from tlcourse.plain_data import to_json
@@ -256,7 +256,7 @@ def test_values_that_cost_the_parent_too_much_are_refused() -> None:
         "many axes": {"dict": {"W1": {"array": {"shape": [1] * 1000}}}},
         "wide text": [{"array": {"shape": [20_001], "text": ["x" * 20_000] + [""] * 20_000}}],
     }
-    assert [name for name, value in refused.items() if attempt._within_bounds(value)] == []
+    assert [name for name, value in refused.items() if untrusted.within_bounds(value)] == []
     accepted = {
         "numbers": [0.5] * 300_000,
         "rows": [[1, 2]] * 50_000,
@@ -264,7 +264,7 @@ def test_values_that_cost_the_parent_too_much_are_refused() -> None:
         "array": {"array": {"shape": [1000, 1000], "dtype": "<f8", "base64": "..."}},
         "plain": nested(40),
     }
-    assert [name for name, value in accepted.items() if not attempt._within_bounds(value)] == []
+    assert [name for name, value in accepted.items() if not untrusted.within_bounds(value)] == []
 
 
 def test_nothing_is_left_behind(scene: Scene) -> None:
