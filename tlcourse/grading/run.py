@@ -11,9 +11,9 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -82,12 +82,12 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A submission to be graded: its job, or the reason why there is none."""
+class _Read:
+    """What a student has handed in: the file's bytes, or the reason why there are none."""
 
     student: str
     sha256: str
-    job: bytes = b""
+    data: bytes = b""
     reason: str = ""
 
 
@@ -108,11 +108,13 @@ def grade(folder: ClassFolder, name: str, options: Options = Options()) -> Summa
     known = journal.read(folder.results(name))
     run = _run_id(folder, name, options)
     summary = Summary(name)
-    found = (_work(folder, plan, each, known.get(each), run, options) for each in students)
-    work = [item for item in found if item is not None]
-    summary.unchanged = len(students) - len(work)
+    limits = folder.settings().limits
+    found = (_read(folder, name, student, limits) for student in students)
+    todo = [each.student for each in found
+            if not _is_done(each, known.get(each.student), plan, run, options)]  # fmt: skip
+    summary.unchanged = len(students) - len(todo)
     try:
-        _grade_all(folder, plan, work, run, options, summary)
+        _grade_all(folder, plan, todo, limits, run, options, summary)
     except KeyboardInterrupt:
         summary.interrupted = True
     entries = journal.read(folder.results(name))
@@ -179,23 +181,38 @@ def _enter(
 
 
 def _grade_all(
-    folder: ClassFolder, plan: Plan, work: list[_Work], run: str, options: Options, summary: Summary
+    folder: ClassFolder,
+    plan: Plan,
+    todo: list[str],
+    limits: Limits,
+    run: str,
+    options: Options,
+    summary: Summary,
 ) -> None:
     book = journal.Journal(folder.results(plan.name))
-    jobs = ((item, item.job) for item in work if item.job)
-    bar = tqdm(total=len(work), desc=plan.name, unit="submission", disable=options.quiet)
+    bar = tqdm(total=len(todo), desc=plan.name, unit="submission", disable=options.quiet)
     pool = pools.open_pool(options.workers, options.scheduler)
 
-    def note(item: _Work, outcome: scoring.Outcome) -> None:
+    def note(item: _Read, outcome: scoring.Outcome) -> None:
         book.add(journal.Entry(item.student, item.sha256, plan.sha256, run, outcome))
         summary.graded += 1
         bar.update()
 
+    def jobs() -> Iterator[tuple[_Read, bytes]]:
+        """Read and parsed when a worker is free, so that a large class fits into memory."""
+        for student in todo:
+            item = _read(folder, plan.name, student, limits)
+            try:
+                if item.reason:
+                    raise UnreadableError(item.reason)
+                job = make_job(plan, item.data, limits, options.walled)
+            except UnreadableError as error:
+                note(item, scoring.unreadable(plan, str(error)))
+            else:
+                yield replace(item, data=b""), job
+
     try:
-        for item in work:
-            if not item.job:
-                note(item, scoring.unreadable(plan, item.reason))
-        for item, result in pool.run(attempt.attempt, jobs):
+        for item, result in pool.run(attempt.attempt, jobs()):
             if isinstance(result, Exception):
                 summary.failed[item.student] = str(result)
                 bar.update()
@@ -207,37 +224,25 @@ def _grade_all(
         book.close()
 
 
-def _work(
-    folder: ClassFolder,
-    plan: Plan,
-    student: str,
-    known: journal.Entry | None,
-    run: str,
-    options: Options,
-) -> _Work | None:
-    """What there is to do for a student; None if it is done."""
-    limits = folder.settings().limits
-    place = folder.submitted(student, plan.name)
-    item = _read(plan, student, place, limits, options.walled)
+def _is_done(
+    item: _Read, known: journal.Entry | None, plan: Plan, run: str, options: Options
+) -> bool:
     if known is None or (known.sha256, known.plan) != (item.sha256, plan.sha256):
-        return item
-    return item if options.again and known.run != run else None
+        return False
+    return not options.again or known.run == run
 
 
-def _read(plan: Plan, student: str, place: Path, limits: Limits, walled: bool) -> _Work:
-    path = place / f"{plan.name}.ipynb"
+def _read(folder: ClassFolder, name: str, student: str, limits: Limits) -> _Read:
+    place = folder.submitted(student, name)
+    path = place / f"{name}.ipynb"
     if not path.exists() and (place / REFUSED_FILE).is_file():
         reason = str(json.loads((place / REFUSED_FILE).read_text())["reason"])
-        return _Work(student, _sha256(reason), reason=reason)
+        return _Read(student, _sha256(reason), reason=reason)
     try:
         submission = read(path, int(limits.notebook_mb * MEGABYTE))
     except UnreadableError as error:
-        return _Work(student, _sha256(str(error)), reason=str(error))
-    item = _Work(student, submission.sha256)
-    try:
-        return replace(item, job=make_job(plan, submission.data, limits, walled))
-    except UnreadableError as error:
-        return replace(item, reason=str(error))
+        return _Read(student, _sha256(str(error)), reason=str(error))
+    return _Read(student, submission.sha256, submission.data)
 
 
 def _run_id(folder: ClassFolder, name: str, options: Options) -> str:
