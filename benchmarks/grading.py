@@ -39,6 +39,7 @@ from nbformat import NotebookNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.grading.processes import descendants
 from tests.grading.synthetic import make_class
 from tlcourse.authoring import machine
 from tlcourse.grading import attempt, class_folder
@@ -226,17 +227,8 @@ def memory(scratch: Path) -> dict[str, float]:
 
 def sandbox_megabytes() -> float:
     """PSS of all processes below this one."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    below = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
     total = 0
-    for pid in below - {os.getpid()}:
+    for pid in descendants(os.getpid()):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:

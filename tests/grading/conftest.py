@@ -53,3 +53,16 @@ def change_settings(school: ClassFolder) -> Callable[[str, str], None]:
         path.write_text(text.replace(old, new))
 
     return change
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ClassFolder:
+    """A class folder in which nothing was handed out."""
+    return class_folder.create(tmp_path / "class")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty folder for what a platform gives back."""
+    (tmp_path / "download").mkdir()
+    return tmp_path / "download"

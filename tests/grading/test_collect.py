@@ -28,19 +28,7 @@ from collecting import (
 )
 
 from tlcourse.grading import class_folder, incoming, store
-from tlcourse.grading.class_folder import ClassError, ClassFolder
-
-
-@pytest.fixture()
-def folder(tmp_path) -> ClassFolder:
-    return class_folder.create(tmp_path / "class")
-
-
-@pytest.fixture()
-def source(tmp_path) -> Path:
-    (tmp_path / "download").mkdir()
-    return tmp_path / "download"
-
+from tlcourse.grading.class_folder import ClassError
 
 # --- times
 

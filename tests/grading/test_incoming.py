@@ -25,21 +25,10 @@ from collecting import (
     zip_bytes,
 )
 
-from tlcourse.grading import class_folder, incoming
-from tlcourse.grading.class_folder import ClassError, ClassFolder
+from tlcourse.grading import incoming
+from tlcourse.grading.class_folder import ClassError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
-
-
-@pytest.fixture()
-def folder(tmp_path) -> ClassFolder:
-    return class_folder.create(tmp_path / "class")
-
-
-@pytest.fixture()
-def source(tmp_path) -> Path:
-    (tmp_path / "download").mkdir()
-    return tmp_path / "download"
 
 
 # --- hostile zips

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from collecting import (
@@ -22,20 +21,7 @@ from collecting import (
     with_students,
 )
 
-from tlcourse.grading import class_folder
-from tlcourse.grading.class_folder import ClassError, ClassFolder
-
-
-@pytest.fixture()
-def folder(tmp_path) -> ClassFolder:
-    return class_folder.create(tmp_path / "class")
-
-
-@pytest.fixture()
-def source(tmp_path) -> Path:
-    (tmp_path / "download").mkdir()
-    return tmp_path / "download"
-
+from tlcourse.grading.class_folder import ClassError
 
 # --- layouts
 

@@ -17,6 +17,7 @@ import nbformat
 import pytest
 
 from tests.grading.conftest import SMALL
+from tests.grading.processes import descendants
 from tests.grading.synthetic import Made, answer_index, make_class, solved
 from tlcourse.grading import cli, journal, pools, sandbox
 from tlcourse.grading.class_folder import ClassError, ClassFolder
@@ -211,20 +212,6 @@ def test_a_process_that_is_stopped_grades_nothing_twice(school: ClassFolder, how
 def lines_written(school: ClassFolder) -> list[bytes]:
     path = school.results(SMALL)
     return path.read_bytes().splitlines() if path.exists() else []
-
-
-def descendants(ancestor: int) -> set[int]:
-    """Processes below a process, its sandboxes among them."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    below = {ancestor}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    return below - {ancestor}
 
 
 def are_gone(pids: set[int]) -> bool:

@@ -29,7 +29,7 @@ def plan() -> Plan:
 
 def brought(**parts: Any) -> dict[str, Any]:
     empty = {"values": {}, "errors": {}, "no_answer": {}, "stopped": [], "failed": {},
-             "asked": [], "finished": True, "seconds": 0.1}  # fmt: skip
+             "finished": True, "seconds": 0.1}  # fmt: skip
     return empty | {key: value if key in ("stopped", "finished", "failed") else {"99.q1": value}
                     for key, value in parts.items()}  # fmt: skip
 

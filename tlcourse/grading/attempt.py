@@ -39,7 +39,6 @@ class Answers:
         no_answer: question id -> name of the error that came in place of an answer.
         stopped: where it had to be stopped: "cell" or "question", and the reason.
         failed: cell number -> [name, text] of what it raised.
-        asked: questions that were put.
         finished: it came to its own end.
     """
 
@@ -48,7 +47,6 @@ class Answers:
     no_answer: dict[str, str] = field(default_factory=dict)
     stopped: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, list[str]] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
     finished: bool = False
     seconds: float = 0.0
 
@@ -255,8 +253,6 @@ class _Attempt:
         if kind == "ask":
             self.where = ("question", which)
             self.seen.add(which)
-            if which not in self.answers.asked:
-                self.answers.asked.append(which)
             seconds = self.limits["question_seconds"] + _GRACE_SECONDS
             self.limit_at = min(self.deadline, now + seconds)
             channel.send(self.order["inputs"][which])

@@ -208,7 +208,6 @@ def _answer(channel: Channel, job: dict, question: dict, cases: list, namespace:
     apply = _load_apply(question)
     for number, case in enumerate(cases):
         report: dict[str, Any] = {"got": question["id"], "case": number}
-        start = time.perf_counter()
         try:
             value = plain_data.to_plain(respond(answer, tuple(case), apply))
             report["value"] = plain_data.to_json(value)
@@ -218,7 +217,6 @@ def _answer(channel: Channel, job: dict, question: dict, cases: list, namespace:
             text = str(error)[:_LONGEST_TEXT]
             report |= {"error": type(error).__name__, "text": text}
         clean = clean and "error" not in report
-        report["seconds"] = round(time.perf_counter() - start, 3)
         channel.send(report)
     return clean
 

@@ -119,14 +119,11 @@ def _cell(raw: dict, number: int) -> NotebookNode:
     make = new_code_cell if kind == "code" else new_raw_cell
     cell = (new_markdown_cell if kind == "markdown" else make)(source)
     cell.id = f"cell-{number}"
-    nbgrader = raw.get("metadata", {}).get("nbgrader") if _is_dict(raw.get("metadata")) else None
+    metadata = raw.get("metadata")
+    nbgrader = metadata.get("nbgrader") if isinstance(metadata, dict) else None
     grade_id = nbgrader.get("grade_id") if isinstance(nbgrader, dict) else None
     if isinstance(grade_id, str):
         cell.metadata["claims"] = grade_id
     if kind == "code" and isinstance(raw.get("outputs"), list):
         cell.outputs = raw["outputs"]
     return cell
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)

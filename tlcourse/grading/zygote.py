@@ -61,7 +61,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # copies share these pages as long as nobody writes to them
     walls.remember_size()
-    control.send(json.dumps({"ready": True, "nested": nested, "pid": os.getpid()}).encode())
+    control.send(json.dumps({"nested": nested}).encode())
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
