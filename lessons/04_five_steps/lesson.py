@@ -419,7 +419,8 @@ config = tl.TrainConfig(
 #
 # Most of these can stay as they are from one task to the next. One cannot: the learning rate. Too
 # low wastes the budget. Too high, and the first steps wipe out what was pre-trained. So we try three,
-# a factor of ten apart, briefly, from the same start, and let the *validation* set choose.
+# a factor of ten apart, briefly, from the same start, and let the *validation* set choose. One draw
+# of 100 images may be an odd one, so each rate gets three draws, and the means are compared.
 
 
 # %%
@@ -430,22 +431,37 @@ def at_the_start():
     return model.to(run.device)
 
 
-trials = {}
-for lr in (3e-4, 3e-3, 3e-2):
-    loaders = task.loaders(batch_size=20, augment=True, seed=0)  # the same batches for each
-    short = replace(config, lr=lr, num_steps=15, patience=None)
-    trials[lr] = tl.fit(at_the_start(), loaders.train, loaders.val, short)
-    print(f"lr {lr:g}: best validation loss {min(trials[lr].val_loss):.3f}")
+def beginning(seed):
+    """Ten labels per class drawn by seed; pre-trained backbone, head from a probe on them."""
+    labelled = tl.load_task("wild_digits", labels_per_class=10, seed=seed)
+    reader = tl.Classifier(tl.load_backbone("glyphnet"), labelled.num_classes).to(run.device)
+    cached = tl.extract_features(reader.backbone, labelled.loaders(augment=False).train)
+    # The penalty is the one chosen above; with a single candidate there is nothing to choose.
+    tl.linear_probe(cached, cached, cached, c_grid=(probe.C,)).copy_to(reader.head)
+    return labelled, reader
+
 
 # %%
-best_lr = min(trials, key=lambda lr: min(trials[lr].val_loss))
+trials = {}
+for lr in (3e-4, 3e-3, 3e-2):
+    short = replace(config, lr=lr, num_steps=15, patience=None)
+    losses = []
+    for seed in range(3):
+        labelled, reader = beginning(seed)
+        loaders = labelled.loaders(batch_size=20, augment=True, seed=seed)  # the same for each lr
+        losses.append(min(tl.fit(reader, loaders.train, loaders.val, short).val_loss))
+    trials[lr] = np.mean(losses)
+    print(f"lr {lr:g}: best validation loss {trials[lr]:.3f}, mean of three draws")
+
+# %%
+best_lr = min(trials, key=trials.get)
 config = replace(config, lr=best_lr)
-assert best_lr == 3e-3
+assert best_lr == 3e-3 and trials[3e-2] > trials[best_lr] + 0.3
 print(f"chosen: lr = {config.lr:g}")
 
 # %% [markdown]
-# Remember $\log 10 = 2.30$. The reader trained at the highest rate knows no more than a head of
-# zeros, although its backbone was as well pre-trained as the others.
+# Remember $\log 10 = 2.30$. The readers trained at the highest rate know no more than a head of
+# zeros, although their backbone was as well pre-trained as the others.
 #
 # ## Step 4: training
 #
@@ -735,11 +751,7 @@ assert kept == hasty_history.best_step and largest < 1e-3
 # %%
 def train_reader(seed, num_steps=40):
     """Ten labels per class drawn by seed, head from a probe, then everything is trained."""
-    labelled = tl.load_task("wild_digits", labels_per_class=10, seed=seed)
-    reader = tl.Classifier(tl.load_backbone("glyphnet"), labelled.num_classes).to(run.device)
-    cached = tl.extract_features(reader.backbone, labelled.loaders(augment=False).train)
-    # The penalty is the one chosen above; with a single candidate there is nothing to choose.
-    tl.linear_probe(cached, cached, cached, c_grid=(probe.C,)).copy_to(reader.head)
+    labelled, reader = beginning(seed)
     settings = replace(config, num_steps=num_steps, patience=None, seed=seed)
     tl.fit(reader, labelled.loaders(batch_size=20, seed=seed).train, None, settings)
     return reader
