@@ -28,7 +28,6 @@ import gc
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -36,7 +35,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +54,14 @@ from tlcourse.adapters import (
     train_biases,
     train_last_layers,
 )
-from tlcourse.comparing import Comparison, versions
+from tlcourse.comparing import Comparison
 from tlcourse.evaluation import mean_interval
 from tlcourse.freezing import count_parameters
 from tlcourse.locations import data_dir, repo_root
-from tlcourse.machine import core_count, memory_bytes
 from tlcourse.parallel import default_workers, side_by_side
 from tlcourse.prompts import PrefixTuning, PromptTuning
 from tlcourse.text import load_text_task
+from tlcourse.timing import where
 from tlcourse.train import make_optimizer
 from tlcourse.training_memory import num_bytes, saved_for_backward
 
@@ -637,24 +635,6 @@ def choose(by_rate: dict[str, float]) -> float:
     rates = sorted(by_rate, key=float)
     best = [rate for rate in rates if by_rate[rate] == max(by_rate.values())]
     return float(rates[1] if rates[1] in best else best[0])
-
-
-def where() -> str:
-    """Processor, cores, memory, the GPU if there is one, and versions: where a result is from."""
-    processor = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    parts = [f"{platform.system()}, {processor}, {core_count()} cores"]
-    parts += [f"{round(memory_bytes()[0] / 1e9)} GB"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    packages = {name: metadata.version(name) for name in ("peft", "transformers")}
-    return ", ".join([*parts, *(f"{k} {v}" for k, v in (versions() | packages).items())])
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
