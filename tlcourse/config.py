@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compile = Literal["auto", True, False]
 Monitor = Literal["val_loss", "val_accuracy"]
 Tracker = Literal["tensorboard", "wandb"]
 Penalty = Callable[[Any], Any]  # model -> scalar tensor (or a plain 0)
@@ -46,10 +47,18 @@ class TrainConfig:
         penalty: ``penalty(model)`` is added to the loss of every step; a scalar tensor, or 0.
             ``tlcourse.losses.L2SP`` is one. It is part of the recorded training loss.
         precision: "auto" takes what the device does well ("fp32" on a CPU).
+        compile: run the model through ``torch.compile``: True, False, or "auto": on a CUDA GPU
+            from the step on at which the steps to come should save more time than compiling
+            takes; on a CPU never, so that a run gives the same bits each time.
         accumulation_steps: micro-batches (batches of the loader) per step, >= 1.
         eval_every_steps: steps between evaluations, >= 1; None: once per epoch.
         patience: evaluations without improvement before the run stops, >= 1; None: never.
         monitor: which validation number says "best": "val_loss" or "val_accuracy".
+        checkpoint_dir: folder for the checkpoints of this one run, from which
+            ``fit(..., resume="auto")`` goes on; None: no checkpoints.
+        checkpoint_minutes: wall time between two of them, >= 0 (0: after every step). The end of
+            a run, Ctrl-C included, is always kept.
+        keep_checkpoints: how many of the newest stay, >= 1; the best weights stay besides.
         log_to: None, "tensorboard" or "wandb".
         log_dir: folder in which each logged run gets a folder of its own.
         progress: show a progress bar.
@@ -74,10 +83,14 @@ class TrainConfig:
     label_smoothing: float = 0.0
     penalty: Penalty = no_penalty
     precision: Precision = "auto"
+    compile: Compile = "auto"
     accumulation_steps: int = 1
     eval_every_steps: int | None = None
     patience: int | None = None
     monitor: Monitor = "val_loss"
+    checkpoint_dir: str | None = None
+    checkpoint_minutes: float = 5.0
+    keep_checkpoints: int = 2
     log_to: Tracker | None = None
     log_dir: str = "runs"
     progress: bool = True
@@ -98,6 +111,8 @@ class TrainConfig:
         for name in ("num_steps", "num_epochs", "eval_every_steps", "patience"):
             _check_count(name, getattr(self, name), least=1, optional=True)
         _check_count("accumulation_steps", self.accumulation_steps, least=1)
+        _check_count("keep_checkpoints", self.keep_checkpoints, least=1)
+        _check_number("checkpoint_minutes", self.checkpoint_minutes, least=0.0)
         _check_count("warmup_steps", self.warmup_steps, least=0)
         _check_count("seed", self.seed, least=0)
         if self.num_steps is not None and self.warmup_steps >= self.num_steps:
@@ -105,11 +120,14 @@ class TrainConfig:
                 f"warmup_steps must be less than num_steps={self.num_steps}, "
                 f"got {self.warmup_steps}"
             )
+        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str):
+            raise TypeError(f"checkpoint_dir must be a str or None, got {self.checkpoint_dir!r}")
         if not callable(self.penalty):
             raise TypeError(f"penalty must be a function of the model, got {self.penalty!r}")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("compile", self.compile, get_args(Compile))
         _check_choice("monitor", self.monitor, get_args(Monitor))
         _check_choice("log_to", self.log_to, (None, *get_args(Tracker)))
 

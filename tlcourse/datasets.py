@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,11 +49,13 @@ class BatchLoader:
     """Batches sliced from tensors in memory: (inputs, targets) pairs.
 
     Args:
-        inputs: tensor, shape (N, ...).
+        inputs: tensor, shape (N, ...); batches lie on its device.
         targets: tensor, shape (N,).
         batch_size: at least 1; the last batch may be shorter unless ``drop_last``.
         shuffle: a new order in every pass, drawn from ``seed``.
-        transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
+        transform: ``transform(inputs, generator) -> inputs``, applied to each batch. One with a
+            true attribute ``takes_any_device`` works on inputs of any device, with a generator
+            on the CPU; data with another transform is never moved to a GPU as a whole.
         seed: of order and transform; two loaders of one seed give the same batches.
 
     Raises:
@@ -88,12 +91,27 @@ class BatchLoader:
         order = (
             torch.randperm(num, generator=self._generator) if self.shuffle else torch.arange(num)
         )
+        order = order.to(self.inputs.device)  # once, not for each batch
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             rows = order[start : start + self.batch_size]
             inputs = self.inputs[rows]
             if self.transform is not None:
                 inputs = self.transform(inputs, self._generator)
             yield inputs, self.targets[rows]
+
+    def resident(self, device: torch.device) -> BatchLoader:
+        """This loader with its data on a GPU, if they take at most a quarter of its free memory.
+
+        The two share their source of chance: the batches are those that this one would give.
+        """
+        num_bytes = self.inputs.nbytes + self.targets.nbytes
+        here = device.type != "cuda" or self.inputs.device == device
+        portable = self.transform is None or getattr(self.transform, "takes_any_device", False)
+        if here or not portable or num_bytes > torch.cuda.mem_get_info(device)[0] // 4:
+            return self
+        moved = copy.copy(self)
+        moved.inputs, moved.targets = self.inputs.to(device), self.targets.to(device)
+        return moved
 
 
 AnyLoader = TypeVar("AnyLoader")
@@ -223,13 +241,13 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: float tensor, shape (B, 3, H, W), in [-1, 1].
-        generator: the only source of chance.
+        generator: the only source of chance; on the CPU, wherever the images are.
 
     Returns:
         float tensor of the same shape, in [-1, 1].
     """
     num = len(images)
-    draw = uniform_draws(num, generator)
+    draw = uniform_draws(num, generator, images.device)
     theta = affine_matrices(
         angle=draw(-0.26, 0.26),
         scale_x=draw(0.85, 1.18),
@@ -241,6 +259,9 @@ def augment_images(images: Tensor, generator: torch.Generator) -> Tensor:
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     gain = draw(0.7, 1.3, 1, 1, 1) * draw(0.85, 1.15, 3, 1, 1)
     return (moved * gain + draw(-0.25, 0.25, 1, 1, 1)).clamp(-1, 1)
+
+
+augment_images.takes_any_device = True  # type: ignore[attr-defined]  # see BatchLoader.resident
 
 
 @lru_cache(maxsize=len(TASKS))

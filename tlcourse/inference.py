@@ -124,7 +124,11 @@ def check_targets(targets: torch.Tensor, logits: torch.Tensor) -> None:
         raise ValueError(
             f"the model gave {len(logits)} rows of logits for a batch of {len(targets)} targets"
         )
-    num_classes = logits.shape[1]
+    check_range(targets, logits.shape[1])
+
+
+def check_range(targets: torch.Tensor, num_classes: int) -> None:
+    """Refuse targets, int64, shape (B,), that are not in [0, num_classes)."""
     low, high = (int(bound) for bound in torch.aminmax(targets))
     if low < 0 or high >= num_classes:
         raise ValueError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import nn
 from tlcourse import runtime, tracking
 from tlcourse.config import TrainConfig
 from tlcourse.evaluation import score
-from tlcourse.inference import Loader, check_targets, device_of
+from tlcourse.inference import Loader, check_range, check_targets, device_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -97,11 +96,14 @@ class Plan:
     dtype: torch.dtype
     num_steps: int
     steps_per_epoch: int
+    all_targets: torch.Tensor | None  # of the training loader, if it has them
 
     def lr_factor(self, step: int) -> float:
         return lr_factor(step, self.num_steps, self.config.warmup_steps, self.config.schedule)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()  # costs nothing, where switching off what is off does
         enabled = self.dtype != torch.float32
         dtype = self.dtype if enabled else None
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
@@ -158,7 +160,9 @@ def make_plan(
         )
     device, precision = device_of(model), str(config.precision)
     dtype = _DTYPES[runtime.default_precision(device) if precision == "auto" else precision]
-    return Plan(config, device, dtype, num_steps, steps_per_epoch)
+    targets = getattr(train_loader, "targets", None)
+    known = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
+    return Plan(config, device, dtype, num_steps, steps_per_epoch, targets if known else None)
 
 
 class Recorder:
@@ -175,15 +179,14 @@ class Recorder:
         self.history = History()
         self.best_weights = self._copy_weights()
         self.pending: list[torch.Tensor] = []
+        self.steps_per_look = _STEPS_PER_LOOK.get(plan.device.type, 20)
+        self.labels_fit = False
         self.done = 0
         self.since_best = 0
 
     def __enter__(self) -> Recorder:
         with ExitStack() as cleanup:  # undone at once if the tracker's package is missing
             cleanup.callback(self.model.eval)
-            # In fp16 a step whose gradients overflow is skipped; torch misreads that.
-            cleanup.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.tracker = tracking.make_tracker(self.config)
             cleanup.callback(self.tracker.close)
             bar = tracking.progress_bar(self.plan.num_steps, self.config.progress)
@@ -201,8 +204,16 @@ class Recorder:
         return interrupted and not _INTERRUPTS_RAISE.get()
 
     def check_labels(self, targets: torch.Tensor, logits: torch.Tensor) -> None:
-        """``check_targets``; labels on a GPU are looked at in the first epoch only."""
-        if targets.device.type == "cpu" or self.done < self.plan.steps_per_epoch:
+        """``check_targets``, but look at labels once where that is enough.
+
+        That is at all labels of a loader that shows them, before the first step, and at labels
+        on a GPU in the first epoch.
+        """
+        if self.plan.all_targets is not None and not self.labels_fit:
+            check_range(self.plan.all_targets, logits.shape[1])
+            self.labels_fit = True
+        seen = targets.device.type != "cpu" and self.done >= self.plan.steps_per_epoch
+        if not (seen or self.labels_fit) or len(targets) != len(logits):
             check_targets(targets, logits)
 
     def record(self, loss: torch.Tensor, lr: float) -> None:
@@ -211,7 +222,7 @@ class Recorder:
         self.pending.append(loss)
         self.history.step.append(self.done)
         self.history.lr.append(lr)
-        if len(self.pending) >= _STEPS_PER_LOOK.get(self.plan.device.type, 20):
+        if len(self.pending) >= self.steps_per_look:
             self._look_at_losses()
         self.bar.update()
 
@@ -244,7 +255,10 @@ class Recorder:
         return values[-1] < min(values[:-1], default=math.inf)
 
     def _look_at_losses(self) -> None:
-        losses = torch.stack(self.pending).tolist() if self.pending else []
+        if not self.pending:
+            return
+        several = len(self.pending) > 1  # one transfer for all
+        losses = torch.stack(self.pending).tolist() if several else [self.pending[0].item()]
         self.pending.clear()
         history = self.history
         for loss in losses:
@@ -252,8 +266,9 @@ class Recorder:
             step = len(history.train_loss)
             if not math.isfinite(loss):
                 self._diverge(f"the training loss became {loss}", step)
-            self.tracker.log(step, **{"train/loss": loss, "train/lr": history.lr[step - 1]})
-        if losses:
+            if self.config.log_to is not None:
+                self.tracker.log(step, **{"train/loss": loss, "train/lr": history.lr[step - 1]})
+        if not self.bar.disable:
             self.bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
 
     def _finish(self, interrupted: bool) -> None:

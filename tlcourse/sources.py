@@ -148,11 +148,17 @@ def composite(masks: Tensor, photo: Tensor, generator: torch.Generator) -> Tenso
     return (images + noise).clamp(0, 1) * 2 - 1
 
 
-def uniform_draws(num: int, generator: torch.Generator) -> Callable[..., Tensor]:
-    """A function ``draw(low, high, *shape)`` that gives uniform numbers, shape (num, *shape)."""
+def uniform_draws(
+    num: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """A function ``draw(low, high, *shape)`` that gives uniform numbers, shape (num, *shape).
+
+    They are drawn where the generator is and then moved, so a device gets the same numbers.
+    """
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(num, *shape, generator=generator) * (high - low) + low
+        numbers = torch.rand(num, *shape, generator=generator, device=generator.device)
+        return (numbers * (high - low) + low).to(device, non_blocking=True)
 
     return draw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -9,12 +10,14 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from tlcourse.config import TrainConfig
+from tlcourse.compiling import Forward
+from tlcourse.config import TrainConfig, no_penalty
 from tlcourse.freezing import parameter_groups
-from tlcourse.inference import Inputs, Loader, device_of, forward, unpack
+from tlcourse.inference import Inputs, Loader, device_of, unpack
 from tlcourse.recording import History, Recorder, make_plan
+
+MicroBatch = tuple[Inputs, torch.Tensor]
 
 
 def fit(
@@ -26,6 +29,11 @@ def fit(
     micro-batch does not count more per example), plus ``config.penalty``. The run uses torch's
     random generators seeded with ``config.seed``; afterwards they are as before. Ctrl-C ends
     the run and keeps the best weights so far (without any evaluation: the present ones).
+
+    On a GPU, a loader that can (``BatchLoader``) moves its data there, convolutions take the
+    memory order "channels last", and losses are looked at every 20 steps, so that no step waits.
+    When the GPU's memory runs out, micro-batches are cut in halves, as often as needed: each step
+    still sees the same examples (but BatchNorm takes its statistics over smaller batches).
 
     Args:
         model: gives logits, shape (B, K), or an object with such ``.logits``; stays on its
@@ -43,40 +51,122 @@ def fit(
     """
     plan = make_plan(model, train_loader, val_loader, config)
     optimizer = make_optimizer(model, config)
-    scheduler = LambdaLR(optimizer, plan.lr_factor)
     # fp16 only. Torch's own first scale, 2**16, often overflows and wastes the first steps.
     scaler = torch.amp.GradScaler(
         plan.device.type, init_scale=2.0**12, enabled=plan.dtype == torch.float16
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    train_loader = resident(train_loader, plan.device)
+    val_loader = None if val_loader is None else resident(val_loader, plan.device)
 
-    with seeded(config.seed), Recorder(model, val_loader, config, plan) as recorder:
+    with (
+        seeded(config.seed),
+        fast_convolutions(model),
+        Recorder(model, val_loader, config, plan) as recorder,
+    ):
+        forward = Forward(model, config.compile, plan.num_steps)
+        gradient = StepGradient(forward, scaler, recorder)
         model.train()
         for micro_batches in step_batches(train_loader, plan.num_steps, config.accumulation_steps):
-            num_examples = sum(len(targets) for _, targets in micro_batches)
-            step_loss = torch.zeros((), device=plan.device)
-            for inputs, targets in micro_batches:
-                with plan.autocast():
-                    logits = forward(model, inputs)  # (B, K)
-                recorder.check_labels(targets, logits)
-                targets = targets.to(plan.device, non_blocking=True)
-                loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-                loss = loss + config.penalty(model)
-                loss = loss * (len(targets) / num_examples)  # its share of the step's mean
-                scaler.scale(loss).backward()
-                step_loss += loss.detach()
+            factor = plan.lr_factor(recorder.done)
+            for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
+                group["lr"] = peak_lr * factor
+            loss = gradient(micro_batches)
             if config.max_grad_norm is not None:
                 scaler.unscale_(optimizer)  # the norm of the true gradient is meant
                 nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
-            lr = float(scheduler.get_last_lr()[0])
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            recorder.record(step_loss, lr)
+            recorder.record(loss, float(optimizer.param_groups[0]["lr"]))
+            forward.after_step(recorder.done)
             if recorder.should_stop():
                 break
     return recorder.history
+
+
+class StepGradient:
+    """Forward and backward pass of one step, in as many pieces as the memory needs.
+
+    Args:
+        forward: inputs -> logits, shape (B, K).
+        scaler: scales the loss for fp16.
+        recorder: of the run; checks labels against logits.
+    """
+
+    def __init__(self, forward: Forward, scaler: torch.amp.GradScaler, recorder: Recorder) -> None:
+        self.forward, self.scaler, self.recorder = forward, scaler, recorder
+        self.config, self.plan = recorder.config, recorder.plan
+        self.pieces = 1  # that each micro-batch is cut into
+
+    def __call__(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        """Leave the gradient of the step in the parameters; return its mean loss, a scalar."""
+        while True:
+            try:
+                return self._backward(self._cut(micro_batches))
+            except torch.OutOfMemoryError:
+                if not self._can_halve(micro_batches):
+                    raise
+            # Out here the traceback, and with it the tensors of the pass, are gone.
+            self._halve(micro_batches)
+
+    def _backward(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
+        num_examples = sum(len(targets) for _, targets in micro_batches)
+        step_loss: torch.Tensor | None = None
+        for inputs, targets in micro_batches:
+            with self.plan.autocast():
+                logits = self.forward(inputs)  # (B, K)
+            self.recorder.check_labels(targets, logits)
+            targets = targets.to(self.plan.device, non_blocking=True)
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+            if self.config.penalty is not no_penalty:
+                loss = loss + self.config.penalty(self.forward.model)
+            if len(targets) < num_examples:
+                loss = loss * (len(targets) / num_examples)  # its share of the step's mean
+            self.scaler.scale(loss).backward()
+            step_loss = loss.detach() if step_loss is None else step_loss + loss.detach()
+        assert step_loss is not None
+        return step_loss
+
+    def _cut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        if self.pieces == 1:
+            return micro_batches
+        return [piece for batch in micro_batches for piece in cut(batch, self.pieces)]
+
+    def _can_halve(self, micro_batches: list[MicroBatch]) -> bool:
+        largest = max(len(targets) for _, targets in micro_batches)
+        return self.pieces < largest and all(can_cut(batch) for batch in micro_batches)
+
+    def _halve(self, micro_batches: list[MicroBatch]) -> None:
+        self.pieces *= 2
+        for parameter in self.forward.model.parameters():
+            parameter.grad = None
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(len(targets) for _, targets in self._cut(micro_batches))
+        print(
+            f"Out of memory in step {self.recorder.done + 1}: the run goes on with at most "
+            f"{largest} examples at a time, the same batch in each step.",
+            file=sys.stderr,
+        )
+
+
+def can_cut(batch: MicroBatch) -> bool:
+    """Whether each input has one row for each target."""
+    inputs, targets = batch
+    tensors = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs.values())
+    return all(len(x) == len(targets) for x in tensors)
+
+
+def cut(batch: MicroBatch, pieces: int) -> list[MicroBatch]:
+    """A batch of B examples as up to ``pieces`` batches of nearly equal size."""
+    inputs, targets = batch
+    rows = torch.arange(len(targets)).tensor_split(min(pieces, len(targets)))
+    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in rows]
+    if isinstance(inputs, torch.Tensor):
+        return [(inputs[part], targets[part]) for part in parts]
+    return [({name: x[part] for name, x in inputs.items()}, targets[part]) for part in parts]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -84,17 +174,17 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     groups = parameter_groups(
         model, config.lr, config.weight_decay, config.head_lr, config.layer_decay
     )
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     # One kernel for all parameters on a GPU. On the CPU torch's default, so that a loop
     # written out by hand gives the same bits.
-    fused = device_of(model).type == "cuda"
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
+    fused = device_of(model).type == "cuda" or None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def step_batches(
     loader: Loader, num_steps: int, accumulation_steps: int
-) -> Iterator[list[tuple[Inputs, torch.Tensor]]]:
+) -> Iterator[list[MicroBatch]]:
     """Yield, ``num_steps`` times, the micro-batches of one step.
 
     Passes over the loader as often as needed. A step never spans two epochs: the last of an
@@ -108,6 +198,28 @@ def step_batches(
             done += 1
         if done == before:
             raise ValueError("the training loader is empty: it gave no batch")
+
+
+def resident(loader: Loader, device: torch.device) -> Loader:
+    """The loader with its data on the device, where it can (see ``BatchLoader.resident``)."""
+    return loader.resident(device) if hasattr(loader, "resident") else loader
+
+
+@contextmanager
+def fast_convolutions(model: nn.Module) -> Iterator[None]:
+    """On a GPU, store 4-D weights channels last, and let cuDNN try which algorithm is fastest."""
+    if device_of(model).type != "cuda":
+        yield
+        return
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager
