@@ -290,6 +290,10 @@ def _torchvision_backbone(name: str, pretrained: bool) -> Backbone:
             "connect to the internet, or use the embedded 'glyphnet'"
         ) from error
     setattr(body, head, nn.Identity())
+    if isinstance(body, zoo.VisionTransformer):
+        from tlcourse.vision_transformer import speed_up
+
+        speed_up(body)
     imagenet = Preprocess(224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     return Backbone(body, name, feature_dim, imagenet, card={"weights": str(weights)})
 

@@ -84,8 +84,15 @@ class LoRALinear(MergeableLayer):
 
     def adapted(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         result = self.base(x)
-        low = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., rank)
-        return (result + F.linear(low, self.lora_B) * self.config.scale).to(result.dtype)
+        if not torch.is_autocast_enabled(x.device.type):  # which would cast back again
+            x = x.to(self.lora_A.dtype)
+        low = F.linear(self.dropout(x), self.lora_A)  # (..., rank)
+        if low.dtype != result.dtype or not x.is_cuda:  # on a CPU the bits that peft gives
+            return (result + F.linear(low, self.lora_B) * self.config.scale).to(result.dtype)
+        # One kernel for result + scale * low B^T, without a tensor for the update alone.
+        flat = result.reshape(-1, self.out_features), low.reshape(-1, self.config.rank)
+        adapted = torch.addmm(*flat, self.lora_B.T, alpha=self.config.scale)
+        return adapted.view_as(result)
 
     def merged_parameters(self) -> dict[str, Tensor]:
         update = self.lora_B @ self.lora_A * self.config.scale  # (out_features, in_features)
