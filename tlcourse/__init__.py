@@ -31,6 +31,8 @@ _HOME = {
     "freeze": "freezing",
     "unfreeze": "freezing",
     "fit": "train",
+    "fit_many": "many",
+    "preflight": "preflight",
     "evaluate": "evaluation",
     "predict": "evaluation",
     "extract_features": "probing",
@@ -44,7 +46,7 @@ _HOME = {
 _MODULES = (
     "adapters", "arms", "authoring", "backbones", "checks", "comparing", "config", "datasets",
     "derivatives", "evaluation", "freezing", "language_models", "layers", "library_code", "lora",
-    "losses", "parallel", "peft_files", "plots", "probing", "prompts", "quantisation",
+    "losses", "packing", "parallel", "peft_files", "plots", "probing", "prompts", "quantisation",
     "quantised_layers", "runtime", "scenes", "shift", "sources", "text", "train",
     "training_memory", "transferability", "weight_space", "widgets",
 )  # fmt: skip

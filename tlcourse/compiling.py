@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tlcourse.config import Compile
-from tlcourse.inference import Inputs, forward
+from tlcourse.inference import Inputs, device_of, forward
 
 # Measured by benchmarks/auto_compile.py: what compiling a training step takes, and the part of
 # an eager step that it saves.
@@ -53,19 +53,20 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, compile: Compile, num_steps: int) -> None:
-        self.model, self.num_steps = model, num_steps
+        self.model, self.num_steps, self.device = model, num_steps, device_of(model)
         self.compiled: Any = torch.compile(model) if compile is True else None
         self.shapes: list[torch.Size] | None = None
-        self.undecided = compile == "auto" and next(model.parameters()).is_cuda
+        self.undecided = compile == "auto" and self.device.type == "cuda"
         self.timed_from = (0, 0.0)  # (step, clock)
 
     def __call__(self, inputs: Inputs) -> Tensor:  # -> (B, K)
         if self.compiled is None:
-            return forward(self.model, inputs)
+            return forward(self.model, inputs, self.device)
         shapes = _shapes(inputs)
         if self.shapes is None:
             return self._first_compiled(inputs, shapes)
-        return forward(self.compiled if shapes == self.shapes else self.model, inputs)
+        known = shapes == self.shapes
+        return forward(self.compiled if known else self.model, inputs, self.device)
 
     def after_step(self, step: int) -> None:
         """Time the eager steps and decide; called after each step, 1, 2, ..."""
@@ -83,14 +84,14 @@ class Forward:
     def _first_compiled(self, inputs: Inputs, shapes: list[torch.Size]) -> Tensor:
         self.shapes = shapes
         try:
-            return forward(self.compiled, inputs)
+            return forward(self.compiled, inputs, self.device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             # Broad on purpose: a missing compiler, an unsupported model and a bug in a backend
             # come as all kinds of errors. If the model itself is at fault, it raises again.
             self.compiled = None
-            logits = forward(self.model, inputs)
+            logits = forward(self.model, inputs, self.device)
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             print(f"Not compiled ({problem[:200]}); the run goes on without.", file=sys.stderr)
             return logits

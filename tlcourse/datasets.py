@@ -21,6 +21,7 @@ TASKS = ("wild_digits", "plain_digits")
 # blocks therefore put different writers into different splits, but for the two seams.
 TRAIN_END, VAL_END = 700, 1000
 _COMPOSITE_SEED = 20_241
+_GATHERED_BYTES = 2**19
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,19 @@ class BatchLoader:
         order = (
             torch.randperm(num, generator=self._generator) if self.shuffle else torch.arange(num)
         )
-        order = order.to(self.inputs.device)  # once, not for each batch
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            rows = order[start : start + self.batch_size]
-            inputs = self.inputs[rows]
-            if self.transform is not None:
-                inputs = self.transform(inputs, self._generator)
-            yield inputs, self.targets[rows]
+        order = order[: len(self) * self.batch_size].to(self.inputs.device)  # once, for all batches
+        # Small batches are gathered many at a time: indexing costs the same for few rows.
+        batch_bytes = self.batch_size * max(1, self.inputs.nbytes // num)
+        at_once = self.batch_size * max(1, _GATHERED_BYTES // batch_bytes)
+        for rows in order.split(at_once):
+            inputs, targets = self.inputs[rows], self.targets[rows]
+            batches = zip(
+                inputs.split(self.batch_size), targets.split(self.batch_size), strict=True
+            )
+            for batch, labels in batches:
+                if self.transform is not None:
+                    batch = self.transform(batch, self._generator)
+                yield batch, labels
 
     def resident(self, device: torch.device) -> BatchLoader:
         """This loader with its data on a GPU, if they take at most a quarter of its free memory.

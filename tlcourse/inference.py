@@ -57,26 +57,33 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)``, or ``model(**inputs)`` for a dict, on the device of the model."""
-    device = device_of(model)
+def call(model: nn.Module, inputs: Inputs, device: torch.device | None = None) -> Any:
+    """``model(inputs)``, or ``model(**inputs)`` for a dict, on the device of the model.
+
+    Args:
+        model: see ``forward``.
+        inputs: likewise.
+        device: of the model, where it is known; it saves looking for it.
+    """
+    device = device_of(model) if device is None else device
     if isinstance(inputs, Mapping):
         return model(**{name: x.to(device, non_blocking=True) for name, x in inputs.items()})
     return model(inputs.to(device, non_blocking=True))
 
 
-def forward(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+def forward(model: nn.Module, inputs: Inputs, device: torch.device | None = None) -> torch.Tensor:
     """Logits of a batch, shape (B, K), in at least single precision.
 
     Args:
         model: called as ``model(inputs)``, or ``model(**inputs)`` for a dict; gives the logits
             or an object with ``.logits``.
         inputs: moved to the device of the model's parameters.
+        device: see ``call``.
 
     Raises:
         ValueError: if the model does not give one row of logits per example.
     """
-    output = call(model, inputs)
+    output = call(model, inputs, device)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -181,6 +181,8 @@ class Recorder:
         self.pending: list[torch.Tensor] = []
         self.steps_per_look = _STEPS_PER_LOOK.get(plan.device.type, 20)
         self.labels_fit = False
+        self.unseen_targets: list[torch.Tensor] = []  # least and largest of each batch
+        self.num_classes = 0
         self.done = 0
         self.since_best = 0
 
@@ -203,18 +205,24 @@ class Recorder:
                 self._finish(interrupted)
         return interrupted and not _INTERRUPTS_RAISE.get()
 
-    def check_labels(self, targets: torch.Tensor, logits: torch.Tensor) -> None:
-        """``check_targets``, but look at labels once where that is enough.
+    def checked(self, targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Targets that fit the logits (``check_targets``), looked at as seldom as is safe.
 
-        That is at all labels of a loader that shows them, before the first step, and at labels
-        on a GPU in the first epoch.
+        All labels of a loader that shows them are looked at before the first step. Labels on a
+        GPU, in the first epoch of another loader, are looked at together with the losses: until
+        then, one outside the range counts as no label.
         """
         if self.plan.all_targets is not None and not self.labels_fit:
             check_range(self.plan.all_targets, logits.shape[1])
             self.labels_fit = True
-        seen = targets.device.type != "cpu" and self.done >= self.plan.steps_per_epoch
-        if not (seen or self.labels_fit) or len(targets) != len(logits):
+        if len(targets) != len(logits) or not (self.labels_fit or targets.is_cuda):
             check_targets(targets, logits)
+        elif not self.labels_fit and self.done < self.plan.steps_per_epoch:
+            self.num_classes = logits.shape[1]
+            self.unseen_targets.append(torch.stack(torch.aminmax(targets)))
+            outside = (targets < 0) | (targets >= self.num_classes)
+            return targets.masked_fill(outside, -100)  # which cross_entropy leaves out
+        return targets
 
     def record(self, loss: torch.Tensor, lr: float) -> None:
         """Take the loss of the step just made, and the learning rate it was made with."""
@@ -232,7 +240,11 @@ class Recorder:
             return False
         self._look_at_losses()
         with self.plan.autocast():
-            loss, accuracy = score(self.model, self.val_loader)
+            self.note(*score(self.model, self.val_loader))
+        return self.history.stopped_early
+
+    def note(self, loss: float, accuracy: float) -> None:
+        """Take the numbers of an evaluation; keep the weights if they are the best so far."""
         if not math.isfinite(loss):
             self._diverge(f"the validation loss became {loss}", self.done)
         history = self.history
@@ -246,7 +258,6 @@ class Recorder:
             self.best_weights = self._copy_weights()
         if self.config.patience is not None and self.since_best >= self.config.patience:
             history.stop_reason = "patience"
-        return history.stopped_early
 
     def _is_best(self) -> bool:
         values = getattr(self.history, self.config.monitor)
@@ -257,6 +268,14 @@ class Recorder:
     def _look_at_losses(self) -> None:
         if not self.pending:
             return
+        if self.unseen_targets:
+            extremes = torch.cat(self.unseen_targets)
+            self.unseen_targets.clear()
+            try:
+                check_range(extremes, self.num_classes)
+            except ValueError:
+                self._restore(self.best_weights)
+                raise
         several = len(self.pending) > 1  # one transfer for all
         losses = torch.stack(self.pending).tolist() if several else [self.pending[0].item()]
         self.pending.clear()
