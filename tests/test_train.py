@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tlcourse as tl
-from tlcourse import recording, train
+from tlcourse import recording
 from tlcourse.config import TrainConfig
 from tlcourse.recording import TrainingDiverged, lr_factor
+from tlcourse.resuming import StepBatches
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -144,7 +145,7 @@ def test_accumulation_is_one_large_batch(sizes: tuple[int, ...]) -> None:
 
 def test_last_step_of_an_epoch_takes_what_is_left() -> None:
     loader = batches(4, 4, 4, 4, 2)
-    groups = list(train.step_batches(loader, num_steps=5, accumulation_steps=2))
+    groups = list(StepBatches(loader, num_steps=5, accumulation_steps=2))
     sizes = [[len(targets) for _, targets in group] for group in groups]
     assert sizes == [[4, 4], [4, 4], [2], [4, 4], [4, 4]]
     history = tl.fit(linear(), loader, loader, settings(num_epochs=2, accumulation_steps=2))

@@ -21,8 +21,9 @@ from tlcourse import recording, tracking
 from tlcourse.config import TrainConfig
 from tlcourse.inference import Loader, check_targets
 from tlcourse.recording import History, Plan, Recorder, TrainingDiverged, make_plan
+from tlcourse.resuming import MicroBatch
 from tlcourse.stacking import Source, Stack, alike, collate, cross_entropy, obstacle, trial
-from tlcourse.train import MicroBatch, fit, make_optimizer, resident
+from tlcourse.train import fit, make_optimizer, resident
 
 Run = tuple[nn.Module, Loader, Loader | None, TrainConfig]  # what fit takes
 Result = tuple[TrainConfig, History, TrainingDiverged | None]
@@ -65,7 +66,8 @@ def fit_many(
 
     Raises:
         ValueError, TypeError: as ``fit`` says; or if ``checkpoint_dir`` is set, there is no model,
-            a model or a loader is given twice, models share a trainable parameter, or there are not N loaders or seeds.
+            a model or a loader is given twice, models share a trainable parameter, or there are
+            not N loaders or seeds.
         SomeDiverged: at the end, if models diverged (each has its best weights so far); names
             them. The others are trained to their end.
     """

@@ -21,6 +21,7 @@ from tlcourse.inference import Loader, check_range, check_targets, device_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_EXPLODED = 1e5  # times the first loss (or 1, if that is more)
 _STEPS_PER_LOOK = {"cpu": 1}  # where a look at the loss is free
 _INTERRUPTS_RAISE: ContextVar[bool] = ContextVar("interrupts_raise", default=False)
 
@@ -185,6 +186,8 @@ class Recorder:
         self.num_classes = 0
         self.done = 0
         self.since_best = 0
+        self.seconds_before = 0.0  # of the run, in processes before this one
+        self.last_checkpoint: str | None = None
 
     def __enter__(self) -> Recorder:
         with ExitStack() as cleanup:  # undone at once if the tracker's package is missing
@@ -199,7 +202,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> bool:
         interrupted = kind is KeyboardInterrupt
-        self.history.seconds = time.perf_counter() - self.start
+        self.history.seconds = self.seconds()
         with self.cleanup:
             if kind is None or interrupted:
                 self._finish(interrupted)
@@ -259,6 +262,35 @@ class Recorder:
         if self.config.patience is not None and self.since_best >= self.config.patience:
             history.stop_reason = "patience"
 
+    def go_to(
+        self,
+        history: History,
+        since_best: int,
+        weights: dict[str, torch.Tensor],
+        best_weights: dict[str, torch.Tensor] | None,
+    ) -> None:
+        """Take up a run where a checkpoint left it."""
+        self.history, self.since_best, self.done = history, since_best, len(history.step)
+        self.seconds_before = history.seconds
+        self._restore(weights)
+        if best_weights is not None:
+            self.best_weights = best_weights
+        self.bar.update(self.done)
+
+    def seconds(self) -> float:
+        """Wall time of the run so far."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def check_finite(self) -> None:
+        """Look at all losses and weights.
+
+        Raises:
+            TrainingDiverged: if one is NaN or infinite.
+        """
+        self._look_at_losses()
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            self._diverge("a weight became NaN or infinite", self.done)
+
     def _is_best(self) -> bool:
         values = getattr(self.history, self.config.monitor)
         if self.config.monitor == "val_accuracy":
@@ -285,6 +317,8 @@ class Recorder:
             step = len(history.train_loss)
             if not math.isfinite(loss):
                 self._diverge(f"the training loss became {loss}", step)
+            if loss > _EXPLODED * max(1.0, history.train_loss[0]):
+                self._diverge(f"the training loss exploded to {loss:.3g}", step)
             if self.config.log_to is not None:
                 self.tracker.log(step, **{"train/loss": loss, "train/lr": history.lr[step - 1]})
         if not self.bar.disable:
@@ -297,30 +331,31 @@ class Recorder:
         self._look_at_losses()
         if self.history.best_step is not None:
             self._restore(self.best_weights)
-        elif not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            self._diverge("a weight became NaN or infinite", self.done)
+        else:
+            self.check_finite()
 
     def _diverge(self, problem: str, step: int) -> None:
         self._restore(self.best_weights)
         best = self.history.best_step
         kept = "from before training" if best is None else f"of step {best}"
+        saved = "" if self.last_checkpoint is None else f"; last checkpoint: {self.last_checkpoint}"
         raise TrainingDiverged(
             f"{problem} at step {step} of {self.plan.num_steps}, "
-            f"lr {self.history.lr[step - 1]:.3g}; the model has the weights {kept} again. "
+            f"lr {self.history.lr[step - 1]:.3g}; the model has the weights {kept} again{saved}. "
             "Try a smaller lr, a warm-up, or max_grad_norm.",
             self.history,
         )
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """All that training can change: trainable parameters and buffers."""
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         return trainable | dict(self.model.named_buffers())
 
     def _copy_weights(self) -> dict[str, torch.Tensor]:
-        return {n: t.detach().to("cpu", copy=True) for n, t in self._weights().items()}
+        return {n: t.detach().to("cpu", copy=True) for n, t in self.weights().items()}
 
     def _restore(self, saved: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, tensor in self._weights().items():
+            for name, tensor in self.weights().items():
                 if name in saved:
                     tensor.copy_(saved[name])

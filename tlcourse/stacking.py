@@ -15,7 +15,8 @@ from torch.func import functional_call, vmap
 from tlcourse.config import no_penalty
 from tlcourse.inference import Inputs, Loader, check_targets, forward, inference, unpack
 from tlcourse.recording import Plan
-from tlcourse.train import MicroBatch, resident, step_batches
+from tlcourse.resuming import MicroBatch, StepBatches
+from tlcourse.train import resident
 
 # From so many channels on, in and out, one grouped convolution for all models takes a CPU longer
 # than a convolution for each (measured for 3 x 3 kernels).
@@ -125,7 +126,7 @@ class Source:
         with self.chance():
             self.begun: Iterator[Any] | None = iter(self.loader)
             self.first = next(self.begun, None)
-        self.steps = step_batches(self, plan.num_steps, plan.config.accumulation_steps)
+        self.steps = iter(StepBatches(self, plan.num_steps, plan.config.accumulation_steps))
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,17 @@ from torch import nn
 from tlcourse.compiling import Forward
 from tlcourse.config import TrainConfig, no_penalty
 from tlcourse.freezing import parameter_groups
-from tlcourse.inference import Inputs, Loader, device_of, unpack
+from tlcourse.inference import Loader, device_of
 from tlcourse.recording import History, Recorder, make_plan
-
-MicroBatch = tuple[Inputs, torch.Tensor]
+from tlcourse.resuming import MicroBatch, Resume, Saver, StepBatches
 
 
 def fit(
-    model: nn.Module, train_loader: Loader, val_loader: Loader | None, config: TrainConfig
+    model: nn.Module,
+    train_loader: Loader,
+    val_loader: Loader | None,
+    config: TrainConfig,
+    resume: Resume = "never",
 ) -> History:
     """Train a classifier, and leave it with its best weights, in evaluation mode.
 
@@ -41,13 +43,17 @@ def fit(
         train_loader: see ``tlcourse.inference.Loader``.
         val_loader: likewise; decides which weights are best. None: the last weights stay.
         config: see ``TrainConfig``.
+        resume: "auto" goes on from the newest good checkpoint in ``config.checkpoint_dir``, or
+            starts there if it has none; model and loaders must be made as they were at the
+            start. On a CPU the run then ends with the bits of one that was never stopped. A run
+            that had ended gives its result at once. "never" refuses a folder with checkpoints.
 
     Raises:
         ValueError: if nothing is trainable, a loader is empty, a batch or a label does not fit
-            the model, ``patience`` is set without ``val_loader``, or the warm-up is longer
-            than the run.
-        TrainingDiverged: if the loss or a weight becomes NaN or infinite; the model has its
-            best weights so far, else those it came with.
+            the model, ``patience`` is set without ``val_loader``, the warm-up is longer than
+            the run, or the checkpoints are of a run with other settings.
+        TrainingDiverged: if the loss or a weight becomes NaN or infinite, or the loss explodes;
+            the model has its best weights so far, else those it came with.
     """
     plan = make_plan(model, train_loader, val_loader, config)
     optimizer = make_optimizer(model, config)
@@ -60,15 +66,19 @@ def fit(
     train_loader = resident(train_loader, plan.device)
     val_loader = None if val_loader is None else resident(val_loader, plan.device)
 
+    batches = StepBatches(
+        train_loader, plan.num_steps, config.accumulation_steps, config.checkpoint_dir is not None
+    )
     with (
         seeded(config.seed),
         fast_convolutions(model),
         Recorder(model, val_loader, config, plan) as recorder,
+        Saver(recorder, optimizer, scaler, batches, resume) as saver,
     ):
         forward = Forward(model, config.compile, plan.num_steps)
         gradient = StepGradient(forward, scaler, recorder)
         model.train()
-        for micro_batches in step_batches(train_loader, plan.num_steps, config.accumulation_steps):
+        for micro_batches in batches:
             factor = plan.lr_factor(recorder.done)
             for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
                 group["lr"] = peak_lr * factor
@@ -84,6 +94,7 @@ def fit(
             forward.after_step(recorder.done)
             if recorder.should_stop():
                 break
+            saver.after_step()
     return recorder.history
 
 
@@ -188,24 +199,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
-
-
-def step_batches(
-    loader: Loader, num_steps: int, accumulation_steps: int
-) -> Iterator[list[MicroBatch]]:
-    """Yield, ``num_steps`` times, the micro-batches of one step.
-
-    Passes over the loader as often as needed. A step never spans two epochs: the last of an
-    epoch may have fewer micro-batches.
-    """
-    done = 0
-    while done < num_steps:
-        batches, before = iter(loader), done
-        while done < num_steps and (group := list(islice(batches, accumulation_steps))):
-            yield [unpack(batch) for batch in group]
-            done += 1
-        if done == before:
-            raise ValueError("the training loader is empty: it gave no batch")
 
 
 def resident(loader: Loader, device: torch.device) -> Loader:
