@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tlcourse as tl
-from tlcourse import checkpoints, resuming
+from tlcourse import checkpoints, locations, resuming
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import BatchLoader
 from tlcourse.recording import TrainingDiverged
@@ -280,6 +280,19 @@ def test_chance_is_as_before_the_run_without_checkpoints() -> None:
     state = random.getstate()
     tl.fit(Net(), [(INPUTS, TARGETS)], None, settings(None, eval_every_steps=None))
     assert random.getstate() == state
+
+
+def test_the_folder_of_a_run_outlives_the_machine_where_it_can(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("TLCOURSE_RUNS", raising=False)
+    monkeypatch.setattr(locations, "_MOUNTED_DRIVE", tmp_path / "no drive")
+    assert tl.run_dir("04") == os.path.join("runs", "04")
+    monkeypatch.setattr(locations, "_MOUNTED_DRIVE", tmp_path)
+    assert tl.run_dir("04") == str(tmp_path / "tlcourse" / "04")
+    monkeypatch.setenv("TLCOURSE_RUNS", str(tmp_path / "mine"))
+    assert tl.run_dir("04") == str(tmp_path / "mine" / "04")
+    for bad in ("", "..", "a/b"):
+        with pytest.raises(ValueError, match="name of one folder"):
+            tl.run_dir(bad)
 
 
 # NaN, Ctrl-C

@@ -33,6 +33,7 @@ _HOME = {
     "fit": "train",
     "fit_many": "many",
     "preflight": "preflight",
+    "run_dir": "locations",
     "evaluate": "evaluation",
     "predict": "evaluation",
     "extract_features": "probing",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+_MOUNTED_DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts Google Drive
 
 
 def repo_root() -> Path | None:
@@ -29,6 +30,29 @@ def cache_dir() -> Path:
     folder = Path(os.environ.get("TLCOURSE_CACHE") or Path.home() / ".cache" / "tlcourse")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def run_dir(name: str) -> str:
+    """A folder for the checkpoints of a run, in a place that outlives the machine if there is one.
+
+    That is ``TLCOURSE_RUNS`` if it is set; on Colab with Google Drive mounted, ``tlcourse`` there;
+    else ``runs`` in the present folder.
+
+    Args:
+        name: of the run; a folder in that place.
+
+    Returns:
+        The path, for ``TrainConfig.checkpoint_dir``; ``tl.fit`` makes the folder.
+
+    Raises:
+        ValueError: if name is empty or leads elsewhere.
+    """
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"name must be the name of one folder, got {name!r}")
+    place = os.environ.get("TLCOURSE_RUNS")
+    if place is None:
+        place = str(_MOUNTED_DRIVE / "tlcourse") if _MOUNTED_DRIVE.is_dir() else "runs"
+    return str(Path(place) / name)
 
 
 def _part(name: str) -> Path:
