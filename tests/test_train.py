@@ -286,7 +286,7 @@ def test_best_weights_include_the_buffers() -> None:
 @pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
 def test_the_monitor_decides(monitor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = iter([(0.9, 0.5), (0.5, 0.6), (0.7, 0.8), (0.6, 0.8)])
-    monkeypatch.setattr(recording, "score", lambda model, loader: next(scripted))
+    monkeypatch.setattr(recording, "score", lambda *_: next(scripted))
     model, states = linear(), []
     model.register_forward_pre_hook(lambda *_: states.append(weights(model)))
     history = tl.fit(model, batches(4), batches(4), settings(num_steps=4, lr=0.1, monitor=monitor))

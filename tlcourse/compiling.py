@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tlcourse.config import Compile
 from tlcourse.inference import Inputs, device_of, forward
+from tlcourse.processes import Processes
 
 # Measured by benchmarks/auto_compile.py: what compiling a training step takes, and the part of
 # an eager step that it saves.
@@ -50,10 +51,19 @@ class Forward:
         model: stays as it is, and shares its weights with what is compiled.
         compile: see ``TrainConfig``.
         num_steps: length of the run.
+        processes: of the run; all decide alike.
     """
 
-    def __init__(self, model: nn.Module, compile: Compile, num_steps: int) -> None:
-        self.model, self.num_steps, self.device = model, num_steps, device_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        compile: Compile,
+        num_steps: int,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes, self.num_steps = processes or Processes(), num_steps
+        self.device, self.model = device_of(model), self.processes.wrap(model)
+        model = self.model
         self.compiled: Any = torch.compile(model) if compile is True else None
         self.shapes: list[torch.Size] | None = None
         self.undecided = compile == "auto" and self.device.type == "cuda"
@@ -78,7 +88,7 @@ class Forward:
             return
         self.undecided = False
         seconds = (self.timed_from[1] - before[1]) / TIMED_STEPS
-        if worth_compiling(self.model, seconds, self.num_steps - step):
+        if self.processes.any(worth_compiling(self.model, seconds, self.num_steps - step)):
             self.compiled = torch.compile(self.model)
 
     def _first_compiled(self, inputs: Inputs, shapes: list[torch.Size]) -> Tensor:

@@ -13,6 +13,7 @@ from scipy.special import ndtri, stdtrit
 from torch import nn
 
 from tlcourse.inference import Inputs, Loader, forward, inference, predictions
+from tlcourse.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,27 @@ def evaluate(model: nn.Module, loader: Loader, classes: Sequence[str] | None = N
     )
 
 
-def score(model: nn.Module, loader: Loader) -> tuple[float, float]:
+def score(
+    model: nn.Module, loader: Loader, processes: Processes | None = None
+) -> tuple[float, float]:
     """Mean cross-entropy per example and accuracy: the part of ``evaluate`` that ``fit`` needs.
 
     Sums stay on the model's device until the end.
+
+    Args:
+        model, loader: as for ``evaluate``.
+        processes: among which each batch is divided; all get the same numbers. None: this alone.
     """
+    processes = processes or Processes()
     loss, correct, seen = torch.zeros(()), torch.zeros(()), 0
-    for logits, targets in predictions(model, loader):
+    for logits, targets in predictions(model, processes.part_of(loader)):
         loss = loss.to(logits.device) + F.cross_entropy(logits, targets, reduction="sum")
         correct = correct.to(logits.device) + (logits.argmax(dim=1) == targets).sum()
         seen += len(targets)
+    if processes.size > 1:
+        sums = torch.stack([loss.double(), correct.double(), loss.new_tensor(seen).double()])
+        loss, correct, total = processes.sum(sums)
+        seen = int(total.item())
     return loss.item() / seen, correct.item() / seen
 
 

@@ -18,6 +18,7 @@ from tlcourse import runtime, tracking
 from tlcourse.config import TrainConfig
 from tlcourse.evaluation import score
 from tlcourse.inference import Loader, check_range, check_targets, device_of
+from tlcourse.processes import Processes, join_processes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +99,7 @@ class Plan:
     num_steps: int
     steps_per_epoch: int
     all_targets: torch.Tensor | None  # of the training loader, if it has them
+    processes: Processes = field(default_factory=Processes)
 
     def lr_factor(self, step: int) -> float:
         return lr_factor(step, self.num_steps, self.config.warmup_steps, self.config.schedule)
@@ -163,7 +165,9 @@ def make_plan(
     dtype = _DTYPES[runtime.default_precision(device) if precision == "auto" else precision]
     targets = getattr(train_loader, "targets", None)
     known = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
-    return Plan(config, device, dtype, num_steps, steps_per_epoch, targets if known else None)
+    all_targets = targets if known else None
+    processes = join_processes(device)
+    return Plan(config, device, dtype, num_steps, steps_per_epoch, all_targets, processes)
 
 
 class Recorder:
@@ -192,9 +196,10 @@ class Recorder:
     def __enter__(self) -> Recorder:
         with ExitStack() as cleanup:  # undone at once if the tracker's package is missing
             cleanup.callback(self.model.eval)
-            self.tracker = tracking.make_tracker(self.config)
+            speaks = self.plan.processes.first
+            self.tracker = tracking.make_tracker(self.config) if speaks else tracking.Tracker()
             cleanup.callback(self.tracker.close)
-            bar = tracking.progress_bar(self.plan.num_steps, self.config.progress)
+            bar = tracking.progress_bar(self.plan.num_steps, self.config.progress and speaks)
             self.bar = cleanup.enter_context(bar)
             self.cleanup = cleanup.pop_all()
         self.start = time.perf_counter()
@@ -243,7 +248,8 @@ class Recorder:
             return False
         self._look_at_losses()
         with self.plan.autocast():
-            self.note(*score(self.model, self.val_loader))
+            self.plan.processes.align_buffers(self.model)
+            self.note(*score(self.model, self.val_loader, self.plan.processes))
         return self.history.stopped_early
 
     def note(self, loss: float, accuracy: float) -> None:
@@ -329,6 +335,7 @@ class Recorder:
             self.history.stop_reason = "interrupted"
             print(f"Interrupted after step {self.done}.", file=sys.stderr)
         self._look_at_losses()
+        self.plan.processes.align_buffers(self.model)
         if self.history.best_step is not None:
             self._restore(self.best_weights)
         else:

@@ -107,8 +107,10 @@ class Saver:
             None if self.config.checkpoint_dir is None else Path(self.config.checkpoint_dir)
         )
         self.last_time, self.last_step, self.interrupted = time.monotonic(), 0, False
+        self.processes = recorder.plan.processes
         check_resume(resume, self.folder)
         if self.folder is not None:
+            self.processes.any(False)  # none goes on, and writes, before all have looked
             self.run = self._identity()
             if resume == "auto":
                 self._resume(self.folder)
@@ -129,10 +131,11 @@ class Saver:
         """Save if it is time to."""
         if self.folder is None:
             return
+        interrupted = self.processes.any(self.interrupted)
         due = time.monotonic() - self.last_time >= 60 * self.config.checkpoint_minutes
-        if due or self.interrupted:
+        if self.processes.any(due) or interrupted:
             self._save(self.folder)
-        if self.interrupted:
+        if interrupted:
             raise KeyboardInterrupt
 
     def _note_interrupt(self, *_: Any) -> None:
@@ -142,6 +145,7 @@ class Saver:
 
     def _save(self, folder: Path) -> None:
         self.recorder.check_finite()  # what is no good is not saved
+        self.processes.align_buffers(self.recorder.model)
         history = self.recorder.history
         best_step = history.best_step
         best = None if best_step is None else (best_step, self.recorder.best_weights)
@@ -150,22 +154,21 @@ class Saver:
             "since_best": self.recorder.since_best, "scaler": self.scaler.state_dict(),
             "history": asdict(history) | {"seconds": self.recorder.seconds()},
         }  # fmt: skip
+        problem, keep = None, self.config.keep_checkpoints
         try:
-            checkpoints.write_checkpoint(
-                folder,
-                self.recorder.done,
-                self._tensors(),
-                best,
-                facts,
-                self.config.keep_checkpoints,
-            )
-            self.last_step = self.recorder.done
-            self.recorder.last_checkpoint = f"step-{self.last_step:08d} in {folder}"
+            if self.processes.first:
+                checkpoints.write_checkpoint(
+                    folder, self.recorder.done, self._tensors(), best, facts, keep
+                )
         except OSError as error:
+            problem = error
             print(
                 f"No checkpoint of step {self.recorder.done} ({error}); the run goes on.",
                 file=sys.stderr,
             )
+        if not self.processes.any(problem is not None):  # the others wait here for the first
+            self.last_step = self.recorder.done
+            self.recorder.last_checkpoint = f"step-{self.last_step:08d} in {folder}"
         self.last_time = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -201,6 +204,8 @@ class Saver:
         self.batches.go_to(done, facts["taken"], parts["before"], parts["now"])
         self.last_step = facts["step"]
         self.recorder.last_checkpoint = f"{found.name} in {folder}"
+        if not self.processes.first:
+            return
         print(
             f"Going on after step {facts['step']} of {self.batches.num_steps} "
             f"({found.name} in {folder}).",

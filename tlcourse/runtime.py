@@ -80,8 +80,11 @@ def set_seed(seed: int) -> None:
 
 
 def default_device() -> torch.device:
-    """The first CUDA GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first CUDA GPU (under ``torchrun`` the one of this process), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if local_rank is None else torch.device("cuda", int(local_rank))
 
 
 def default_precision(device: torch.device) -> str:

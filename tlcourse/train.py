@@ -37,6 +37,10 @@ def fit(
     When the GPU's memory runs out, micro-batches are cut in halves, as often as needed: each step
     still sees the same examples (but BatchNorm takes its statistics over smaller batches).
 
+    Started by ``torchrun``, the processes share the work: each makes the same batches and computes
+    its rows of them, so the run is that of one process with these batches, to rounding. Dropout
+    and BatchNorm see the rows of their process. (Then out of memory is an error.)
+
     Args:
         model: gives logits, shape (B, K), or an object with such ``.logits``; stays on its
             device. Modules frozen with ``tl.freeze`` do not change in any way.
@@ -75,7 +79,7 @@ def fit(
         Recorder(model, val_loader, config, plan) as recorder,
         Saver(recorder, optimizer, scaler, batches, resume) as saver,
     ):
-        forward = Forward(model, config.compile, plan.num_steps)
+        forward = Forward(model, config.compile, plan.num_steps, plan.processes)
         gradient = StepGradient(forward, scaler, recorder)
         model.train()
         for micro_batches in batches:
@@ -109,7 +113,7 @@ class StepGradient:
 
     def __init__(self, forward: Forward, scaler: torch.amp.GradScaler, recorder: Recorder) -> None:
         self.forward, self.scaler, self.recorder = forward, scaler, recorder
-        self.config, self.plan = recorder.config, recorder.plan
+        self.model, self.config, self.plan = recorder.model, recorder.config, recorder.plan
         self.pieces = 1  # that each micro-batch is cut into
 
     def __call__(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -124,21 +128,28 @@ class StepGradient:
             self._halve(micro_batches)
 
     def _backward(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        num_examples = sum(len(targets) for _, targets in micro_batches)
+        num_examples, processes = (
+            sum(len(targets) for _, targets in micro_batches),
+            self.plan.processes,
+        )
         step_loss: torch.Tensor | None = None
-        for inputs, targets in micro_batches:
-            with self.plan.autocast():
-                logits = self.forward(inputs)  # (B, K)
-            targets = self.recorder.checked(targets, logits).to(self.plan.device, non_blocking=True)
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-            if self.config.penalty is not no_penalty:
-                loss = loss + self.config.penalty(self.forward.model)
-            if len(targets) < num_examples:
-                loss = loss * (len(targets) / num_examples)  # its share of the step's mean
-            self.scaler.scale(loss).backward()
+        for number, batch in enumerate(micro_batches, start=1):
+            inputs, targets, count = processes.rows(*batch)  # all of them, if there is one process
+            with processes.waiting(self.forward.model, last=number == len(micro_batches)):
+                with self.plan.autocast():
+                    logits = self.forward(inputs)  # (B, K)
+                targets = self.recorder.checked(targets, logits)
+                targets = targets.to(self.plan.device, non_blocking=True)
+                loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+                if self.config.penalty is not no_penalty:
+                    loss = loss + self.config.penalty(self.model)
+                share = count / num_examples * processes.size  # gradients of processes are averaged
+                if share != 1:
+                    loss = loss * share  # so that all together is the mean over the step
+                self.scaler.scale(loss).backward()
             step_loss = loss.detach() if step_loss is None else step_loss + loss.detach()
         assert step_loss is not None
-        return step_loss
+        return step_loss if processes.size == 1 else processes.sum(step_loss) / processes.size
 
     def _cut(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if self.pieces == 1:
@@ -146,12 +157,14 @@ class StepGradient:
         return [piece for batch in micro_batches for piece in cut(batch, self.pieces)]
 
     def _can_halve(self, micro_batches: list[MicroBatch]) -> bool:
+        if self.plan.processes.size > 1:  # the others are in the middle of the step
+            return False
         largest = max(len(targets) for _, targets in micro_batches)
         return self.pieces < largest and all(can_cut(batch) for batch in micro_batches)
 
     def _halve(self, micro_batches: list[MicroBatch]) -> None:
         self.pieces *= 2
-        for parameter in self.forward.model.parameters():
+        for parameter in self.model.parameters():
             parameter.grad = None
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
