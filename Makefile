@@ -36,7 +36,7 @@ NOTEBOOKS := $(wildcard notebooks solutions)
 FIRST_RESULT := $(wildcard artifacts/first_transfer.png)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course first lab test check lint types imports products build bench gpu \
+.PHONY: help setup course first lab test check lint types imports products build bench gpu gpu-bench \
   lock colab site clean
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make build    lessons -> notebooks and solutions"
 	@echo "make bench    the measurements in benchmarks"
 	@echo "make gpu      the tests that need a CUDA GPU"
+	@echo "make gpu-bench  the measurements on a CUDA GPU"
 	@echo "make lock     compile requirements.lock again (UPGRADE=1: newest versions)"
 	@echo "make colab    show that Colab's own packages stay as they are"
 	@echo "make site     the lessons as web pages in site"
@@ -99,6 +100,9 @@ bench: $(SETUP)
 
 gpu: $(SETUP)
 	@$(PY) -m pytest -m gpu tests
+
+gpu-bench: $(SETUP)
+	@$(TLCOURSE) bench gpu_vision gpu_input gpu_text lora_step auto_compile preflight_memory
 
 lock:
 	$(UV) $(COMPILE) $(if $(UPGRADE),--upgrade) --extra dev pyproject.toml -o requirements.lock

@@ -1,7 +1,7 @@
 """How much of a GPU does fine-tuning BERT-base on packed rows use?
 
-    PYTHONPATH=. python3 benchmarks/gpu_text.py --out FILE [--seconds N] [--rows N] [--dropout P]
-    PYTHONPATH=. python3 benchmarks/gpu_text.py --plot FILE
+    python benchmarks/gpu_text.py [--out FILE] [--seconds N] [--rows N] [--dropout P]
+    python benchmarks/gpu_text.py --plot FILE
 
 BERT-base (``BertConfig``'s defaults, random weights, dropout 0.1 also in attention, sdpa), full
 fine-tuning on synthetic texts: lengths lognormal (median 40, sigma 0.6), cut to 8 to 128 tokens;
@@ -43,6 +43,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import tlcourse as tl
 from tlcourse.language_models import TextBackbone
+from tlcourse.locations import data_dir
 from tlcourse.packing import PackedLoader, best_fit, pack_backbone, varying
 from tlcourse.timing import Timings, load_timings, save_timings, take_turns
 
@@ -436,7 +437,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=data_dir() / "results" / "gpu_text.json")
     parser.add_argument("--plot", type=Path, help="draw what is in this file, and do nothing else")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="that it should take, imports aside"
@@ -450,12 +451,15 @@ def main() -> None:
     if options.plot is not None:
         plot(options.plot, Path(__file__).parent / "plots" / "gpu_text.png")
         return
-    if options.out is None:
-        parser.error("--out or --plot is needed")
+    if not (options.tiny or torch.cuda.is_available()):
+        print("gpu_text: nothing measured, no CUDA GPU here")
+        return
     with attention(options.attention):
         measure(make_bench(options), options.out, options)
     say("done")
     print(tables(options.out))
+    if not options.tiny:
+        plot(options.out, Path(__file__).parent / "plots" / "gpu_text.png")
 
 
 if __name__ == "__main__":

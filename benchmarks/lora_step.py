@@ -1,6 +1,6 @@
 """What does a step of LoRA take beside full fine-tuning and beside peft's LoRA?
 
-    python benchmarks/lora_step.py [--out FILE] [--gpu]
+    python benchmarks/lora_step.py [--only cpu|gpu] [--out FOLDER]
 
 A step is forward, loss, backward, clipping and AdamW on one fixed batch that lies on the device.
 The layers that get LoRA of rank 8 are queries and values (Hu et al. 2021, section 7.1). Full
@@ -9,17 +9,16 @@ fine-tuning, our LoRA and peft's take turns, each eager ("defaults") and through
 
 - CPU: MiniLM, 16 texts of 64 tokens, float32, one thread. Memory is counted from tensors: weights,
   gradients, state of the optimizer, and what autograd keeps for the backward pass.
-- GPU (``--gpu``): an encoder of BERT-base's size with random weights, 128 texts of 128 tokens, bf16
-  autocast. Memory is the peak of the allocator in a step.
+- GPU, where there is one: an encoder of the size of BERT-base with random weights, 128 texts of 128
+  tokens, bf16 autocast. Memory is the peak of the allocator in a step.
 
-Writes ``data/results/lora_step.json`` (with ``--gpu`` ``lora_step_gpu.json``) and a plot.
+Writes ``data/results/lora_step.json`` and, of the GPU, ``lora_step_gpu.json``, each with a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,21 +202,24 @@ def plot(path: Path, target: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="on the CUDA GPU")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("cpu", "gpu"))
+    parser.add_argument("--out", type=Path, default=data_dir() / "results", help="folder")
     parser.add_argument("--layers", type=int, default=12, help=argparse.SUPPRESS)
     parser.add_argument("--texts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    name = "lora_step_gpu" if options.gpu else "lora_step"
-    out = options.out or data_dir() / "results" / f"{name}.json"
-    if not options.gpu:
-        torch.set_num_threads(1)
-    cases = measure(options.gpu, options.layers, options.texts)
-    command = "python benchmarks/lora_step.py" + (" --gpu" if options.gpu else "")
-    save_timings(out, cases, command, rank=RANK, layers=options.layers)
-    print(tables(out), flush=True)
-    plot(out, (repo_root() or Path()) / "benchmarks" / "plots" / f"{name}.png")
+    everywhere = ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+    for part in (options.only,) if options.only else everywhere:
+        name, threads = {"cpu": "lora_step", "gpu": "lora_step_gpu"}[part], torch.get_num_threads()
+        if part == "cpu":
+            torch.set_num_threads(1)
+        cases = measure(part == "gpu", options.layers, options.texts)
+        torch.set_num_threads(threads)
+        out = options.out / f"{name}.json"
+        command = f"python benchmarks/lora_step.py --only {part}"
+        save_timings(out, cases, command, rank=RANK, layers=options.layers)
+        print(tables(out), flush=True)
+        plot(out, (repo_root() or Path()) / "benchmarks" / "plots" / f"{name}.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
