@@ -141,7 +141,7 @@ def plot(path: Path, target: Path) -> None:
         ax.set(xlabel="seconds of a run", xscale="log")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
         target.parent.mkdir(parents=True, exist_ok=True)
         ax.figure.savefig(target, dpi=120, bbox_inches="tight")
 

@@ -16,7 +16,7 @@ from tlcourse.timing import Timings, load_timings
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = (
     "loop_overhead", "feature_cache", "many_seeds", "text_batches", "lora_step", "gpu_vision",
-    "gpu_text", "gpu_input", "auto_compile",
+    "gpu_text", "gpu_input", "auto_compile", "preflight_memory",
 )  # fmt: skip
 
 
