@@ -10,7 +10,8 @@
 # 1. take a pre-trained backbone to a tested and saved model in five steps, and say for each step
 #    which data it may look at;
 # 2. put either of two heads on it, one that *chooses* and one that *writes*, and derive both losses;
-# 3. write the training loop yourself, and prove that it is `tl.fit`, weight for weight.
+# 3. write the training loop yourself, and prove that it is `tl.fit`, weight for weight;
+# 4. bring back a run whose machine went away, and prove that it ends in the same weights.
 #
 # **You need** lessons 01 and 03. **Time** about 60 minutes; the notebook itself runs in under a
 # minute on two cores.
@@ -26,7 +27,9 @@ import tlcourse as tl
 run = tl.setup(seed=0)
 
 # %%
+import contextlib
 import copy
+import io
 import itertools
 import json
 import math
@@ -739,8 +742,177 @@ print(f"largest difference of any weight: {largest:.1e}")
 assert kept == hasty_history.best_step and largest < 1e-3
 
 # %% [markdown]
-# It holds. The difference is 0: every bit is the same. What `fit` has on top is what you would not want to write each time:
-# half precision, accumulation over small batches, a progress bar, and refusing what cannot work.
+# It holds. The difference is 0: every bit is the same. What `fit` has on top is what you would not
+# want to write each time: half precision, accumulation over small batches, a progress bar, refusing
+# what cannot work. And one thing more.
+#
+# ## What if the machine goes away?
+#
+# A session on Colab ends when its time is up, or when your laptop sleeps for too long. Its memory
+# is gone then, and its disk too.
+#
+# **Now predict.** A run of 12 steps is cut off after step 7. All that you have is a file with the
+# weights after that step. You load them and run the 5 steps that are left. Do you end with the model
+# of the run that was never cut off? If not, what else must be in the file? Look at `fit_by_hand`:
+# whatever lives from one step to the next is a candidate.
+#
+# First the run that nothing happens to. It is on the CPU, like the proof above, and for the same
+# reason.
+
+
+# %%
+def fresh_batches(kind=BatchLoader):
+    """The training images, 20 at a time, shuffled and distorted: 5 batches in each epoch."""
+    return kind(task.train.inputs, task.train.targets, 20, True, augment_images, seed=0)
+
+
+twelve = replace(config, num_steps=12, warmup_steps=3, patience=None)
+whole = at_the_start().cpu()
+whole_history = tl.fit(whole, fresh_batches(), None, twelve)
+
+# %% [markdown]
+# A **checkpoint** is everything that a run needs in order to go on as if nothing had happened. There
+# are five parts, and each is missed in its own way:
+#
+# | part | without it |
+# |---|---|
+# | weights | You begin again. |
+# | state of the optimizer | Adam's averages are empty: next, each weight moves by the full rate. |
+# | step in the schedule | The learning rate climbs to its peak again, just when it should fall. |
+# | chance | Order and distortions of the first epoch come a second time. |
+# | position in the epoch | The epoch begins anew: some images come twice, and others not yet. |
+#
+# (Chance is the states of all random generators: the loader's, and those of torch, NumPy and Python.)
+#
+# The machine may also go away *while* a checkpoint is written, and half a file is worse than none.
+# So `fit` writes it beside its place, under another name, and renames it when all is on the disk.
+# A rename has happened or it has not; there is no half of it.
+#
+# ```text
+# step-00000007.safetensors.partial   being written: does not count
+# step-00000007.safetensors           all tensors, renamed: does not count yet
+# step-00000007.json                  the rest, and a checksum of the tensors: now it counts
+# ```
+#
+# Now the accident. This loader gives seven batches, and then the machine is gone.
+
+
+# %%
+class Disconnects(BatchLoader):
+    """A loader on a machine that goes away."""
+
+    left = 7  # batches until then
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.left == 0:
+                raise ConnectionError("the machine is gone")
+            self.left -= 1
+            yield batch
+
+
+# %% [markdown]
+# The cell that trains makes everything as at the start, the model and the loader. `resume="auto"`
+# does the rest: if there is a checkpoint in the folder, the run goes on from it; if not, it begins.
+# So it is *the same cell* before the accident and after it. (`fit` says on the error stream where
+# it goes on; we print that line without the name of the folder.)
+
+# %%
+place = tempfile.TemporaryDirectory()  # stands for a folder that outlives the machine
+saving = replace(twelve, checkpoint_dir=place.name, checkpoint_minutes=0)  # 0: after every step
+
+
+def begin_or_go_on(batches):
+    """Model and history of the run, wherever it was."""
+    reader = at_the_start().cpu()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        history = tl.fit(reader, batches, None, saving, resume="auto")
+    print(said.getvalue().partition(" (")[0])
+    return reader, history
+
+
+# %% tags=["nbval-check-output"]
+try:
+    begin_or_go_on(fresh_batches(Disconnects))
+except ConnectionError as error:
+    print(error)
+for path in sorted(Path(place.name).iterdir()):
+    print(path.name)
+
+# %% [markdown]
+# The two newest checkpoints are there. (Two, in case the newest turns out to be damaged: its checksum
+# would tell, and `fit` would take the one before.) What is in the last one?
+
+# %%
+from safetensors.torch import load_file
+
+newest = load_file(Path(place.name) / "step-00000007.safetensors")
+parts = {"weights": {}, "optimizer": {}, "before": {}, "now": {}}
+for name, tensor in newest.items():
+    part, _, rest = name.partition(".")
+    parts[part][rest] = tensor
+for part, tensors in parts.items():
+    kilobytes = sum(tensor.nbytes for tensor in tensors.values()) / 1000
+    print(f"{part:9}  {len(tensors):3} tensors, {kilobytes:6.0f} kB")
+
+# %% [markdown]
+# The optimizer's state is twice as large as the weights: Adam keeps two averages for each of them, of
+# its gradient and of the gradient's square. *Before* and *now* are chance, as it was before this
+# epoch and as it is after step 7. The order of the epoch follows from the first, so the position is
+# a single number. It is in the JSON file, with the step.
+#
+# Your prediction, with the weights alone:
+
+# %%
+alone = at_the_start().cpu()
+alone.load_state_dict(parts["weights"])
+alone_history = tl.fit(alone, fresh_batches(), None, replace(twelve, num_steps=5))
+
+# %% [markdown]
+# And the same cell as before the accident, with all five parts:
+
+# %%
+resumed, resumed_history = begin_or_go_on(fresh_batches())
+print("loss of step      8      9     10     11     12   largest difference of a weight")
+runs = {"not cut off": (whole, whole_history), "five parts": (resumed, resumed_history)}
+runs["weights only"] = (alone, alone_history)
+for name, (reader, its_history) in runs.items():
+    pairs = zip(reader.parameters(), whole.parameters(), strict=True)
+    largest = max((a - b).abs().max().item() for a, b in pairs)
+    losses = " ".join(f"{loss:6.3f}" for loss in its_history.train_loss[-5:])
+    print(f"{name:12} {losses}   {largest:.1e}")
+
+# %%
+states = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+assert all(torch.equal(a, b) for a, b in states)  # to the last bit
+assert resumed_history.train_loss == whole_history.train_loss
+assert largest > 1e-3  # with the weights alone, the last row of the table
+assert alone_history.train_loss[0] < whole_history.train_loss[7]  # step 8
+place.cleanup()
+
+# %% [markdown]
+# With all five parts no bit differs, in the weights or in the losses. With the weights alone it is
+# another run. Its loss is *lower* at first, which looks like good news. It is not: chance came a
+# second time, so these are the images of the first three steps, with the same distortions. Then the
+# learning rate is at its peak again, and the losses to the right go their own way. Nothing stopped,
+# and nothing warned. Whether such a model is worse, one run cannot say. It is not the model of the
+# settings that you report.
+#
+# In your own work, on Colab, a mounted drive outlives the machine:
+#
+# ```python
+# from google.colab import drive
+#
+# drive.mount("/content/drive")
+# config = replace(config, checkpoint_dir=tl.run_dir("my_reader"))
+# history = tl.fit(model, loaders.train, loaders.val, config, resume="auto")
+# ```
+#
+# `tl.run_dir` finds the mounted drive; without one it gives `runs/my_reader` in the present folder.
+# A checkpoint is written every five minutes (`checkpoint_minutes`), so that is what you can lose.
+# Each run needs a name of its own: `fit` refuses the checkpoints of a run with other settings, and
+# names the first that differs. On a GPU all five parts come back too. But it adds up in another order
+# each time, so there do not expect the last bit.
 #
 # ## Was it the transfer?
 #
@@ -1036,6 +1208,7 @@ tl.quiz("04")
 # | weight tying | one matrix as embedding and as head | 权重共享 |
 # | hyper-parameter | a number that is set, not learned | 超参数 |
 # | warm-up | first steps, in which the learning rate rises | 学习率预热 |
+# | checkpoint | all that a run needs to go on where it was | 检查点 |
 # | early stopping | to stop, and keep the best weights, when validation no longer improves | 早停 |
 # | recall, precision | share of a class that is found; share of its answers that are right | 召回率，精确率 |
 # | refresh | to train a model in service on with new labels | 模型更新 |
