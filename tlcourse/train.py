@@ -128,10 +128,8 @@ class StepGradient:
             self._halve(micro_batches)
 
     def _backward(self, micro_batches: list[MicroBatch]) -> torch.Tensor:
-        num_examples, processes = (
-            sum(len(targets) for _, targets in micro_batches),
-            self.plan.processes,
-        )
+        processes = self.plan.processes
+        num_examples = sum(len(targets) for _, targets in micro_batches)
         step_loss: torch.Tensor | None = None
         for number, batch in enumerate(micro_batches, start=1):
             inputs, targets, count = processes.rows(*batch)  # all of them, if there is one process
