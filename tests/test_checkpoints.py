@@ -312,7 +312,29 @@ def test_an_exploding_loss_is_a_divergence() -> None:
         tl.fit(nn.Linear(4, 3), batches, None, settings(None, num_steps=5))
 
 
-def test_ctrl_c_waits_for_the_step_and_saves(tmp_path: Path, capsys) -> None:
+@pytest.fixture
+def sigint(request: pytest.FixtureRequest):
+    """Ctrl-C as in a foreground program; in a background one it is ignored from the start."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("sigint", [signal.SIG_IGN], indirect=True)
+def test_an_ignored_ctrl_c_stays_ignored(sigint, tmp_path: Path) -> None:
+    class PressesCtrlC(StopsAfter):
+        def __iter__(self):
+            for batch in self.loader:
+                os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    _, history = fit_fresh(PressesCtrlC(ours(), 0), settings(tmp_path, num_steps=3))
+    assert history.stop_reason == "finished"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("sigint", [signal.default_int_handler], indirect=True)
+def test_ctrl_c_waits_for_the_step_and_saves(sigint, tmp_path: Path) -> None:
     class PressesCtrlC(StopsAfter):
         def __iter__(self):
             for batch in self.loader:
@@ -324,7 +346,7 @@ def test_ctrl_c_waits_for_the_step_and_saves(tmp_path: Path, capsys) -> None:
     config = settings(tmp_path, checkpoint_minutes=60)
     _, history = fit_fresh(PressesCtrlC(ours(), 5), config)
     assert history.stop_reason == "interrupted" and len(history.step) == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is sigint
     whole, _ = fit_fresh(ours(), settings(None))
     resumed, after = fit_fresh(ours(), config, resume="auto")
     assert after.stop_reason == "finished"

@@ -14,6 +14,7 @@ from torch import nn
 
 import tlcourse as tl
 from tlcourse.processes import Processes
+from tlcourse.sharding import assign, sharded, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -46,7 +47,7 @@ if stop_after is not None:
             for batch in super().__iter__():
                 Stops.left -= 1
                 if Stops.left < 0:
-                    raise SystemExit(0)
+                    os._exit(0)  # gone, without a word to the others
                 yield batch
     Stops.left = stop_after
     loader.__class__ = Stops
@@ -90,7 +91,9 @@ def assert_same_run(one: dict, other: dict) -> None:
 @pytest.mark.parametrize("options", [
     {"accumulation_steps": 2, "eval_every_steps": 7},
     {"patience": 2, "lr": 0.3, "optimizer": "sgd", "freeze": True},
-], ids=["accumulation", "early stopping"])  # fmt: skip
+    {"fsdp": True, "eval_every_steps": 7, "max_grad_norm": 0.2},
+    {"fsdp": True, "patience": 2, "lr": 0.3, "freeze": True, "accumulation_steps": 2},
+], ids=["accumulation", "early stopping", "divided", "divided, early stopping"])  # fmt: skip
 def test_two_processes_give_the_run_of_one(options: dict, tmp_path: Path) -> None:
     [alone] = run(tmp_path, "alone", 1, **options)
     first, second = run(tmp_path, "both", 2, **options)
@@ -101,9 +104,10 @@ def test_two_processes_give_the_run_of_one(options: dict, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_keep_one_set_of_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_keep_one_set_of_checkpoints(fsdp: bool, tmp_path: Path) -> None:
     """With BatchNorm, whose statistics are those of the first process."""
-    options = {"batch_norm": True, "eval_every_steps": 9}
+    options = {"batch_norm": True, "eval_every_steps": 9, "fsdp": fsdp}
     whole, _ = run(tmp_path, "whole", 2, **options)
     kept = options | {"checkpoint_dir": str(tmp_path / "kept"), "checkpoint_minutes": 0}
     assert run(tmp_path, "stopped", 2, **kept, stop_after=13) == []
@@ -134,6 +138,18 @@ def test_alone_nothing_is_wrapped() -> None:
     assert alone.wrap(model) is model and alone.first and alone.any(True) and not alone.any(False)
     loader = [(torch.ones(1, 2), torch.zeros(1))]
     assert alone.part_of(loader) is loader
+
+
+def test_alone_nothing_is_divided() -> None:
+    model = nn.Linear(2, 2)
+    with sharded(model, Processes(), True) as trained:
+        assert trained is model
+    with sharded(model, Processes(0, 2), False) as trained:
+        assert trained is model
+    x, y = torch.zeros(2), torch.ones(2)
+    assert whole(x) is x
+    assign(x, y)
+    assert torch.equal(x, y)
 
 
 def test_the_device_of_a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ from tlcourse.config import TrainConfig
 
 # What a run may change when it goes on: nothing that its numbers depend on.
 FREE_SETTINGS = {
-    "checkpoint_dir", "checkpoint_minutes", "compile", "keep_checkpoints", "log_dir", "log_to",
-    "penalty", "progress",
+    "checkpoint_dir", "checkpoint_minutes", "compile", "fsdp", "keep_checkpoints",
+    "log_dir", "log_to", "penalty", "progress",
 }  # fmt: skip
 PARTIAL = ".partial"
 

@@ -50,6 +50,8 @@ class TrainConfig:
         compile: run the model through ``torch.compile``: True, False, or "auto": on a CUDA GPU
             from the step on at which the steps to come should save more time than compiling
             takes; on a CPU never, so that a run gives the same bits each time.
+        fsdp: under ``torchrun``, divide weights, gradients and optimizer state among the processes
+            (``tlcourse.sharding``); without it each process has all of them. Alone, no effect.
         accumulation_steps: micro-batches (batches of the loader) per step, >= 1.
         eval_every_steps: steps between evaluations, >= 1; None: once per epoch.
         patience: evaluations without improvement before the run stops, >= 1; None: never.
@@ -84,6 +86,7 @@ class TrainConfig:
     penalty: Penalty = no_penalty
     precision: Precision = "auto"
     compile: Compile = "auto"
+    fsdp: bool = False
     accumulation_steps: int = 1
     eval_every_steps: int | None = None
     patience: int | None = None
@@ -122,6 +125,8 @@ class TrainConfig:
             )
         if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str):
             raise TypeError(f"checkpoint_dir must be a str or None, got {self.checkpoint_dir!r}")
+        if not isinstance(self.fsdp, bool):
+            raise TypeError(f"fsdp must be True or False, got {self.fsdp!r}")
         if not callable(self.penalty):
             raise TypeError(f"penalty must be a function of the model, got {self.penalty!r}")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))

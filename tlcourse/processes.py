@@ -40,8 +40,11 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call in the place of the model, so that backward averages the gradients."""
-        if self.size == 1:
+        """What to call in the place of the model, so that backward averages the gradients.
+
+        A model with divided weights (``tlcourse.sharding``) does that itself.
+        """
+        if self.size == 1 or any(hasattr(p, "full_tensor") for p in model.parameters()):
             return model
         return DistributedDataParallel(
             model, [self.device] if self.device.index is not None else None

@@ -19,6 +19,7 @@ from tlcourse.config import TrainConfig
 from tlcourse.evaluation import score
 from tlcourse.inference import Loader, check_range, check_targets, device_of
 from tlcourse.processes import Processes, join_processes
+from tlcourse.sharding import assign, whole
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -249,7 +250,9 @@ class Recorder:
         self._look_at_losses()
         with self.plan.autocast():
             self.plan.processes.align_buffers(self.model)
-            self.note(*score(self.model, self.val_loader, self.plan.processes))
+            # Divided weights come together in every forward pass, so all processes need as many.
+            share = None if self.config.fsdp else self.plan.processes
+            self.note(*score(self.model, self.val_loader, share))
         return self.history.stopped_early
 
     def note(self, loss: float, accuracy: float) -> None:
@@ -294,7 +297,7 @@ class Recorder:
             TrainingDiverged: if one is NaN or infinite.
         """
         self._look_at_losses()
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if not all(bool(torch.isfinite(whole(p)).all()) for p in self.model.parameters()):
             self._diverge("a weight became NaN or infinite", self.done)
 
     def _is_best(self) -> bool:
@@ -359,10 +362,10 @@ class Recorder:
         return trainable | dict(self.model.named_buffers())
 
     def _copy_weights(self) -> dict[str, torch.Tensor]:
-        return {n: t.detach().to("cpu", copy=True) for n, t in self.weights().items()}
+        return {n: whole(t).detach().to("cpu", copy=True) for n, t in self.weights().items()}
 
     def _restore(self, saved: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in self.weights().items():
                 if name in saved:
-                    tensor.copy_(saved[name])
+                    assign(tensor, saved[name])

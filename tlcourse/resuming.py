@@ -19,6 +19,7 @@ from torch import Tensor
 from tlcourse import checkpoints
 from tlcourse.inference import Inputs, Loader, unpack
 from tlcourse.recording import History, Recorder
+from tlcourse.sharding import part_like, whole
 
 Resume = Literal["never", "auto"]
 MicroBatch = tuple[Inputs, Tensor]
@@ -117,7 +118,9 @@ class Saver:
 
     def __enter__(self) -> Saver:
         self.handler: Any = None
-        if self.folder is not None and threading.current_thread() is threading.main_thread():
+        here = threading.current_thread() is threading.main_thread()
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background, say
+        if self.folder is not None and here and not ignored:
             self.handler = signal.signal(signal.SIGINT, self._note_interrupt)
         return self
 
@@ -154,12 +157,10 @@ class Saver:
             "since_best": self.recorder.since_best, "scaler": self.scaler.state_dict(),
             "history": asdict(history) | {"seconds": self.recorder.seconds()},
         }  # fmt: skip
-        problem, keep = None, self.config.keep_checkpoints
+        problem, keep, tensors = None, self.config.keep_checkpoints, self._tensors()
         try:
             if self.processes.first:
-                checkpoints.write_checkpoint(
-                    folder, self.recorder.done, self._tensors(), best, facts, keep
-                )
+                checkpoints.write_checkpoint(folder, self.recorder.done, tensors, best, facts, keep)
         except OSError as error:
             problem = error
             print(
@@ -172,9 +173,10 @@ class Saver:
         self.last_time = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"weights.{name}": x for name, x in self.recorder.weights().items()}
+        tensors = {f"weights.{name}": whole(x) for name, x in self.recorder.weights().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": x for key, x in state.items() if x is not None}
+            found = {key: whole(x) for key, x in state.items() if x is not None}
+            tensors |= {f"optimizer.{index}.{key}": x for key, x in found.items()}
         now = checkpoints.chance_of(self.batches.loader)
         for place, states in (("before", self.batches.chance), ("now", now)):
             tensors |= {f"{place}.{name}": x for name, x in states.items()}
@@ -190,10 +192,14 @@ class Saver:
         for name, x in found.tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = x
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, x in parts.get("optimizer", {}).items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = x
+            # Averages of a weight are divided as it is; the count of steps is one number.
+            weight = weights[int(index)]
+            value = part_like(x, weight) if x.shape == weight.shape else x
+            state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.scaler.load_state_dict(facts["scaler"])
@@ -216,7 +222,7 @@ class Saver:
         """What must be the same when the run goes on."""
         model = self.recorder.model
         trained = self.recorder.weights()
-        frozen = {n: p for n, p in model.named_parameters() if n not in trained}
+        frozen = {n: whole(p) for n, p in model.named_parameters() if n not in trained}
         return {
             **{f"config.{k}": v for k, v in checkpoints.settings_of(self.config).items()},
             "num_steps": self.batches.num_steps,

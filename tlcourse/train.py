@@ -14,8 +14,9 @@ from tlcourse.compiling import Forward
 from tlcourse.config import TrainConfig, no_penalty
 from tlcourse.freezing import parameter_groups
 from tlcourse.inference import Loader, device_of
-from tlcourse.recording import History, Recorder, make_plan
+from tlcourse.recording import History, Plan, Recorder, TrainingDiverged, make_plan
 from tlcourse.resuming import MicroBatch, Resume, Saver, StepBatches
+from tlcourse.sharding import sharded, whole
 
 
 def fit(
@@ -60,22 +61,30 @@ def fit(
             the model has its best weights so far, else those it came with.
     """
     plan = make_plan(model, train_loader, val_loader, config)
-    optimizer = make_optimizer(model, config)
+    train_loader = resident(train_loader, plan.device)
+    val_loader = None if val_loader is None else resident(val_loader, plan.device)
+    with (
+        seeded(config.seed),
+        fast_convolutions(model),
+        sharded(model, plan.processes, config.fsdp, TrainingDiverged) as trained,
+    ):
+        return _train(trained, train_loader, val_loader, plan, resume)
+
+
+def _train(
+    model: nn.Module, train_loader: Loader, val_loader: Loader | None, plan: Plan, resume: Resume
+) -> History:
+    """The loop."""
+    config, optimizer = plan.config, make_optimizer(model, plan.config)
     # fp16 only. Torch's own first scale, 2**16, often overflows and wastes the first steps.
     scaler = torch.amp.GradScaler(
         plan.device.type, init_scale=2.0**12, enabled=plan.dtype == torch.float16
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
-    train_loader = resident(train_loader, plan.device)
-    val_loader = None if val_loader is None else resident(val_loader, plan.device)
-
-    batches = StepBatches(
-        train_loader, plan.num_steps, config.accumulation_steps, config.checkpoint_dir is not None
-    )
+    remember = config.checkpoint_dir is not None
+    batches = StepBatches(train_loader, plan.num_steps, config.accumulation_steps, remember)
     with (
-        seeded(config.seed),
-        fast_convolutions(model),
         Recorder(model, val_loader, config, plan) as recorder,
         Saver(recorder, optimizer, scaler, batches, resume) as saver,
     ):
@@ -177,8 +186,11 @@ class StepGradient:
 def clip(parameters: list[nn.Parameter], max_norm: float) -> None:
     """``clip_grad_norm_``; on a CPU, where looking is free, without multiplying by one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if norm.is_cuda or not norm.item() + 1e-6 <= max_norm:  # NaN is not, either
+    norm = whole(nn.utils.get_total_norm(gradients))
+    if gradients and hasattr(gradients[0], "full_tensor"):  # divided among processes
+        for gradient in gradients:
+            gradient.mul_(min(1.0, max_norm / (norm.item() + 1e-6)))
+    elif norm.is_cuda or not norm.item() + 1e-6 <= max_norm:  # NaN is not, either
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
