@@ -189,7 +189,10 @@ def test_a_process_that_is_stopped_grades_nothing_twice(school: ClassFolder, how
     submit(school, make_class(SMALL, MANY))
     command = [sys.executable, "-m", "tlcourse.cli", "grade", "--class", str(school.root), "run",
                "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
     end = time.monotonic() + 60
     while len(lines_written(school)) < 3 and time.monotonic() < end:
         time.sleep(0.02)
@@ -207,6 +210,11 @@ def test_a_process_that_is_stopped_grades_nothing_twice(school: ClassFolder, how
     rest = grade(school, SMALL, QUIET)
     assert (rest.graded, rest.unchanged) == (MANY - before, before)
     assert len({row[0] for row in grades(school)}) == MANY
+
+
+def heed_interrupts() -> None:
+    """As in the foreground: where the tests run in the background, Ctrl-C is ignored below, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lines_written(school: ClassFolder) -> list[bytes]:
