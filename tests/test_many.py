@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupting import Interrupting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -321,22 +322,6 @@ def test_weights_that_blow_up_in_the_last_step() -> None:
         fit_many(models, each, None, config)
     assert torch.equal(models[1][1].weight, torch.zeros(3, 64))
     assert not torch.equal(models[2][1].weight, torch.zeros(3, 64))
-
-
-class Interrupting:
-    """Raises KeyboardInterrupt in place of the n-th batch."""
-
-    def __init__(self, batch: Batch, at: int) -> None:
-        self.batch, self.at, self.given = batch, at, 0
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.given += 1
-        if self.given == self.at:
-            raise KeyboardInterrupt
-        yield self.batch
 
 
 @pytest.mark.parametrize("with_val", [True, False])

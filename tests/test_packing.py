@@ -16,8 +16,8 @@ from tlcourse import minilm
 from tlcourse.backbones import Backbone
 from tlcourse.language_models import TextBackbone
 from tlcourse.packing import PackedLoader, best_fit, mean_of_texts, pack_backbone, varying
+from tlcourse.processes import has_rows
 from tlcourse.text import TokenLoader, pad
-from tlcourse.train import can_cut
 
 ROW = 32
 HAS_MINILM = importlib.util.find_spec(minilm.MINILM_WHEEL) is not None
@@ -220,7 +220,7 @@ def test_fit_learns_from_packed_rows_and_is_validated_on_padded_texts():
 def test_a_batch_is_never_cut_into_texts():
     """``fit`` cuts a batch whose tensors all have a row for each target."""
     [batch] = PackedLoader(texts(5, ROW, 20), torch.zeros(5, dtype=torch.long), 5, ROW)
-    assert len(batch[0]["input_ids"]) == len(batch[1]) and not can_cut(batch)
+    assert len(batch[0]["input_ids"]) == len(batch[1]) and not has_rows(*batch)
 
 
 def test_packing_leaves_the_backbone_as_it_was():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupting import Interrupting
 from torch import nn
 
 import tlcourse as tl
@@ -565,22 +566,6 @@ def test_a_nan_on_the_validation_set_is_noticed() -> None:
 
 
 # Interruption.
-
-
-class Interrupting:
-    """Raises KeyboardInterrupt instead of the n-th batch."""
-
-    def __init__(self, batch: Batch, at: int) -> None:
-        self.batch, self.at, self.given = batch, at, 0
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.given += 1
-        if self.given == self.at:
-            raise KeyboardInterrupt
-        yield self.batch
 
 
 def test_interruption_keeps_the_best_weights(capsys: pytest.CaptureFixture) -> None:

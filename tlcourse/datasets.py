@@ -111,14 +111,18 @@ class BatchLoader:
 
         The two share their source of chance: the batches are those that this one would give.
         """
-        num_bytes = self.inputs.nbytes + self.targets.nbytes
         here = device.type != "cuda" or self.inputs.device == device
-        portable = self.transform is None or getattr(self.transform, "takes_any_device", False)
-        if here or not portable or num_bytes > torch.cuda.mem_get_info(device)[0] // 4:
+        if here or not self.resident_bytes(torch.cuda.mem_get_info(device)[0]):
             return self
         moved = copy.copy(self)
         moved.inputs, moved.targets = self.inputs.to(device), self.targets.to(device)
         return moved
+
+    def resident_bytes(self, free_bytes: int) -> int:
+        """What ``resident`` puts on a GPU that has so much free memory; 0: the data stay."""
+        num_bytes = self.inputs.nbytes + self.targets.nbytes
+        portable = self.transform is None or getattr(self.transform, "takes_any_device", False)
+        return num_bytes if portable and num_bytes <= free_bytes // 4 else 0
 
 
 AnyLoader = TypeVar("AnyLoader")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tlcourse.checkpoints import chance_of, set_chance
 from tlcourse.config import TrainConfig
 from tlcourse.devices import Device, find_device
 from tlcourse.dry_run import DryRun, dry_run
@@ -231,13 +232,9 @@ def _first_batch(example: Any) -> tuple[Inputs, Tensor]:
             "example must be a batch (inputs, targets) or a loader of such, "
             f"got {type(example).__name__}"
         )
-    holders = (example, getattr(example, "sampler", None))
-    found = [x for holder in holders for x in getattr(holder, "__dict__", {}).values()]
-    generators = [(x, x.get_state()) for x in found if isinstance(x, torch.Generator)]
-    with torch.random.fork_rng(devices=[]):
-        batch = next(iter(example), None)
-    for generator, state in generators:
-        generator.set_state(state)
+    chance = chance_of(example)
+    batch = next(iter(example), None)
+    set_chance(chance, example)
     if batch is None:
         raise ValueError("the loader given as example is empty: it gave no batch")
     return unpack(batch)
@@ -255,13 +252,8 @@ def _usable_bytes(device: Device, model: nn.Module) -> int:
 
 def _resident_bytes(example: Loader, device: Device) -> int:
     """Bytes of a loader's data that ``fit`` moves to a GPU as a whole (``BatchLoader``)."""
-    inputs, targets = getattr(example, "inputs", None), getattr(example, "targets", None)
-    if device.type != "cuda" or not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
-        return 0
-    num_bytes = inputs.nbytes + targets.nbytes
-    transform = getattr(example, "transform", None)
-    portable = transform is None or getattr(transform, "takes_any_device", False)
-    return num_bytes if portable and num_bytes <= device.free_bytes // 4 else 0
+    asks = getattr(example, "resident_bytes", None)
+    return 0 if asks is None or device.type != "cuda" else asks(device.free_bytes)
 
 
 def _hint(least: Estimate, usable: int) -> str:

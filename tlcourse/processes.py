@@ -60,17 +60,15 @@ class Processes:
         """
         if self.size == 1:
             return inputs, targets, len(targets)
-        tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-        if any(len(x) != len(targets) for x in tensors):
+        if not has_rows(inputs, targets):
+            tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
             raise ValueError(
                 f"{self.size} processes need batches with a row for each target, got shapes "
                 f"{[tuple(x.shape) for x in tensors]} for {len(targets)} targets"
             )
         mine = torch.arange(len(targets)).tensor_split(self.size)[self.rank]
         part = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 1)
-        if isinstance(inputs, Mapping):
-            return {name: x[part] for name, x in inputs.items()}, targets[part], len(mine)
-        return inputs[part], targets[part], len(mine)
+        return take_rows(inputs, part), targets[part], len(mine)
 
     def part_of(self, loader: Any) -> Any:
         """This process's rows of each batch, left out where there are none."""
@@ -99,6 +97,19 @@ class Processes:
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def has_rows(inputs: Any, targets: Tensor) -> bool:
+    """Whether each input has one row for each target."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return all(len(x) == len(targets) for x in tensors)
+
+
+def take_rows(inputs: Any, part: slice) -> Any:
+    """Some rows of the inputs of a batch, a tensor or a dict of tensors."""
+    if isinstance(inputs, Mapping):
+        return {name: x[part] for name, x in inputs.items()}
+    return inputs[part]
 
 
 def join_processes(device: torch.device) -> Processes:

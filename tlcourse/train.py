@@ -14,6 +14,7 @@ from tlcourse.compiling import Forward
 from tlcourse.config import TrainConfig, no_penalty
 from tlcourse.freezing import parameter_groups
 from tlcourse.inference import Loader, device_of
+from tlcourse.processes import has_rows, take_rows
 from tlcourse.recording import History, Plan, Recorder, TrainingDiverged, make_plan
 from tlcourse.resuming import MicroBatch, Resume, Saver, StepBatches
 from tlcourse.sharding import sharded, whole
@@ -167,7 +168,7 @@ class StepGradient:
         if self.plan.processes.size > 1:  # the others are in the middle of the step
             return False
         largest = max(len(targets) for _, targets in micro_batches)
-        return self.pieces < largest and all(can_cut(batch) for batch in micro_batches)
+        return self.pieces < largest and all(has_rows(*batch) for batch in micro_batches)
 
     def _halve(self, micro_batches: list[MicroBatch]) -> None:
         self.pieces *= 2
@@ -194,21 +195,12 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-def can_cut(batch: MicroBatch) -> bool:
-    """Whether each input has one row for each target."""
-    inputs, targets = batch
-    tensors = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs.values())
-    return all(len(x) == len(targets) for x in tensors)
-
-
 def cut(batch: MicroBatch, pieces: int) -> list[MicroBatch]:
     """A batch of B examples as up to ``pieces`` batches of nearly equal size."""
     inputs, targets = batch
     rows = torch.arange(len(targets)).tensor_split(min(pieces, len(targets)))
     parts = [slice(int(part[0]), int(part[-1]) + 1) for part in rows]
-    if isinstance(inputs, torch.Tensor):
-        return [(inputs[part], targets[part]) for part in parts]
-    return [({name: x[part] for name, x in inputs.items()}, targets[part]) for part in parts]
+    return [(take_rows(inputs, part), targets[part]) for part in parts]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
