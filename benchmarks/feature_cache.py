@@ -84,7 +84,8 @@ def glyphnet(batch_size: int, epochs: int, labels: int | None = None) -> Case:
     train, model = task.train, frozen_model("glyphnet", task.num_classes)
 
     def extract() -> tuple[Tensor, Tensor]:
-        found = tl.extract_features(model.backbone, BatchLoader(train.inputs, train.targets, 32))
+        loader = BatchLoader(train.inputs, train.targets, batch_size)
+        found = tl.extract_features(model.backbone, loader)
         return torch.from_numpy(found.features), torch.from_numpy(found.targets)
 
     def batches(inputs: Tensor, targets: Tensor) -> BatchLoader:

@@ -16,8 +16,7 @@ Writes ``data/results/gpu_input.json`` and a plot.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from tlcourse.datasets import BatchLoader, augment_images
 from tlcourse.locations import data_dir, repo_root
 from tlcourse.machine import core_count
 from tlcourse.plots import plot_intervals
-from tlcourse.timing import Timings, load_timings, median_interval, save_timings
+from tlcourse.timing import Clocked, Timings, load_timings, median_interval, save_timings
 
 ROUNDS, WARM_UP, STEPS, NUM_CLASSES = 7, 2, 11, 100
 
@@ -41,30 +40,6 @@ def augment_bytes(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 augment_bytes.takes_any_device = True  # type: ignore[attr-defined]
-
-
-class Clocked:
-    """The batches of a loader, again and again, with the time of the steps after the warm-up."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __iter__(self) -> Iterator[Any]:
-        start, step = 0.0, 0
-        while True:
-            for batch in self.loader:
-                if step in (WARM_UP, STEPS - 1):
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
-                    now = time.perf_counter()
-                    self.seconds, start = (now - start) / (STEPS - 1 - WARM_UP), now
-                yield batch
-                step += 1
-                if step == STEPS:
-                    return
 
 
 class Batches(Dataset):
@@ -128,7 +103,7 @@ def measure(model: Any, ways: dict[str, Any], batch_size: int, compile: bool) ->
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(ROUNDS + 1):
         for way, loader in ways.items():
-            clocked = Clocked(loader)
+            clocked = Clocked(loader, STEPS, WARM_UP)
             tl.fit(model, clocked, None, config)
             if turn:
                 seconds[way].append(clocked.seconds)

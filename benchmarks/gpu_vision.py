@@ -22,10 +22,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +40,18 @@ from tlcourse.inference import device_of
 from tlcourse.locations import data_dir, repo_root
 from tlcourse.plots import plot_intervals
 from tlcourse.recording import lr_factor
-from tlcourse.timing import Timings, load_timings, median_interval, save_timings
+from tlcourse.timing import Clocked, Timings, load_timings, median_interval, save_timings
 from tlcourse.train import fast_convolutions, make_optimizer
 
 PEAK_TFLOPS, ROUNDS = 989.0, 7
 WARM_UP, STEPS, LR, WEIGHT_DECAY, NUM_CLASSES = 2, 9, 1e-4, 0.05, 100
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 MODELS = {"ViT-B/16": "vit_b_16", "ResNet-50": "resnet50"}
 
 
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-class Clocked:
-    """A loader that gives one batch again and again, and times the steps after the warm-up."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.batch: Any = (inputs, targets)
-        self.seconds = 0.0
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __iter__(self) -> Iterator[Any]:
-        start = 0.0
-        for step in range(STEPS):
-            if step in (WARM_UP, STEPS - 1):  # not every way asks for more than the last batch
-                synchronise()
-                now = time.perf_counter()
-                self.seconds, start = (now - start) / (STEPS - 1 - WARM_UP), now
-            yield self.batch
 
 
 def settings(**changes: Any) -> Any:
@@ -139,6 +121,8 @@ def huggingface(tuned: bool) -> Callable[[nn.Module, Clocked], Any]:
 def lightning(model: nn.Module, loader: Clocked) -> None:
     import pytorch_lightning as pl
 
+    os.environ[NVML_CHECK] = "1"  # as the import leaves it
+
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -201,7 +185,10 @@ def measure(name: str, batch_size: int, size: int, device: torch.device) -> Timi
         for way in list(seconds):
             model.load_state_dict(start)
             model.to(device)  # Lightning leaves it on the CPU
-            loader, begin = Clocked(inputs, targets), time.perf_counter()
+            # What the Trainer and ``import lightning`` change for all that runs after them.
+            torch.set_float32_matmul_precision("highest")
+            os.environ.pop(NVML_CHECK, None)
+            loader, begin = Clocked([(inputs, targets)], STEPS, WARM_UP), time.perf_counter()
             try:
                 WAYS[way](model, loader)
                 facts["loss"][way] = loss_of(model.to(device).train(), inputs, targets)

@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 import tlcourse as tl
-from tlcourse.checkpoints import PARTIAL, fingerprint
+from tlcourse.checkpoints import fingerprint
 from tlcourse.locations import data_dir
+from tlcourse.saving import PARTIAL
 from tlcourse.timing import where
 
 SAVES, PATIENCE_SECONDS = 5, 120.0

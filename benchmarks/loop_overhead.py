@@ -9,12 +9,17 @@ what a call of ``fit`` or ``train`` takes in, with making the optimizer and a co
 (as long in every way), but no import. All dropout is 0, as each library draws at other moments.
 
 * By hand: shuffled tensors, cut once in each pass; losses stay tensors and are read at the end.
-  Once with torch's AdamW as it comes and once with ``fused=True``.
-* As it comes: a ``DataLoader`` over a data set of single examples, and the library's own defaults:
-  the Trainer and Lightning save checkpoints, Lightning logs for TensorBoard, fastai and skorch
-  keep averages and print. What they print goes to a file that nobody reads.
-* Tuned: batches from the course's loader, and all of this switched off (Lightning: its
+  AdamW with ``fused=True``, as in ``tl.fit``; and once more as torch gives it.
+* As it comes: a ``DataLoader`` over a data set of single examples, torch's AdamW as it is (for the
+  Trainer its own default, which is the fused one), and the library's own defaults: the Trainer and
+  Lightning save checkpoints, Lightning logs for TensorBoard, fastai and skorch keep averages and
+  print. What they print goes to a file that nobody reads.
+* Tuned: batches from the course's loader, fused AdamW, and all of this switched off (Lightning: its
   ``barebones=True``, made for such measurements). accelerate wraps model and optimizer alone.
+
+One thing must not leak from one way into another: ``import lightning`` sets an environment variable
+that makes torch look for NVIDIA's driver in each step of an optimizer, .2 ms where there is none.
+It is set for Lightning as it comes, and for nothing else.
 
 Peers that are not installed are left out with a line: ``pip install accelerate lightning fastai
 skorch``. fastai 2.8 needs ``fastprogress<1.1`` (later ones import fasthtml). "Slope" of the MLP is
@@ -59,9 +64,10 @@ from tlcourse.timing import Timings, load_timings, save_timings, take_turns
 STEPS = {"MLP": 1000, "CNN": 100, "MiniLM": 4}
 SHORT = 0.2  # of the steps: the short run that is subtracted for the slope
 SLOPE = "MLP, slope"
-FIT, HAND, FUSED = "tl.fit", "by hand", "by hand, fused AdamW"
+FIT, HAND, PLAIN = "tl.fit", "by hand", "by hand, AdamW not fused"
 PEERS = ("transformers", "lightning", "accelerate", "fastai", "skorch")
 TOLERANCE = 1e-5
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 Batch = tuple[Inputs, Tensor]
 
 
@@ -127,7 +133,7 @@ class Case:
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.model).train()
 
-    def optimizer(self, model: nn.Module, fused: bool | None = None) -> torch.optim.AdamW:
+    def optimizer(self, model: nn.Module, fused: bool | None) -> torch.optim.AdamW:
         return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0, fused=fused)
 
     def factor(self, step: int) -> float:
@@ -188,7 +194,7 @@ def with_fit(case: Case) -> float:
     return tl.fit(case.copy(), case.loader(), None, config).train_loss[-1]
 
 
-def by_hand(case: Case, fused: bool | None = None) -> float:
+def by_hand(case: Case, fused: bool | None) -> float:
     model = case.copy()
     optimizer = case.optimizer(model, fused)
     scheduler = LambdaLR(optimizer, case.factor)
@@ -235,7 +241,7 @@ def with_trainer(case: Case, tuned: bool) -> float:
             return Named(case.loader())
 
     model = WithLoss(case.copy())
-    optimizer = case.optimizer(model)
+    optimizer = case.optimizer(model, fused=True)  # "adamw_torch_fused" is its default
     rows = Rows(case.examples, case.targets, named=True)
     with tempfile.TemporaryDirectory() as folder:
         quiet: dict[str, Any] = {
@@ -274,6 +280,8 @@ class Named:
 def with_lightning(case: Case, tuned: bool) -> float:
     import lightning
 
+    os.environ[NVML_CHECK] = "0" if tuned else "1"  # 1: what the import says
+
     class Module(lightning.LightningModule):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
@@ -287,7 +295,7 @@ def with_lightning(case: Case, tuned: bool) -> float:
             return loss
 
         def configure_optimizers(self) -> Any:
-            optimizer = case.optimizer(self.model)
+            optimizer = case.optimizer(self.model, fused=tuned or None)
             scheduler = LambdaLR(optimizer, case.factor)
             return {
                 "optimizer": optimizer,
@@ -312,7 +320,7 @@ def with_accelerate(case: Case, tuned: bool) -> float:
 
     accelerator = Accelerator(cpu=True)
     model = case.copy()
-    optimizer: Any = case.optimizer(model)
+    optimizer: Any = case.optimizer(model, fused=tuned or None)
     scheduler: Any = LambdaLR(optimizer, case.factor)
     if tuned:
         loader = case.loader()
@@ -354,7 +362,7 @@ def with_fastai(case: Case, tuned: bool) -> float:
         DataLoaders(case.loader() if tuned else case.data_loader(), []),
         OneInput(case.copy()),
         loss_func=loss_func,
-        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+        opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=tuned or None)),
         lr=case.lr,
         wd=0.0,
         cbs=[GradientClip(1.0), ParamScheduler({"lr": SchedCos(case.lr, 0.0)})],
@@ -386,6 +394,7 @@ def with_skorch(case: Case, tuned: bool) -> float:
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.AdamW,
         optimizer__weight_decay=0.0,
+        optimizer__fused=tuned or None,
         lr=case.lr,
         batch_size=case.batch_size,
         max_epochs=case.passes,
@@ -408,8 +417,8 @@ class Way:
 
 WAYS = {
     FIT: Way(with_fit),
-    HAND: Way(by_hand),
-    FUSED: Way(partial(by_hand, fused=True)),
+    HAND: Way(partial(by_hand, fused=True)),
+    PLAIN: Way(partial(by_hand, fused=None)),
     "transformers Trainer": Way(partial(with_trainer, tuned=False), "accelerate"),
     "transformers Trainer, tuned": Way(partial(with_trainer, tuned=True), "accelerate"),
     "Lightning": Way(partial(with_lightning, tuned=False), "lightning"),
@@ -467,6 +476,7 @@ def measure(case: Case, names: list[str], rounds: int) -> Timings:
 
     def turn(name: str) -> None:
         losses[name] = WAYS[name].train(case)
+        os.environ.pop(NVML_CHECK, None)
 
     with silence():
         timings = take_turns({name: partial(turn, name) for name in names}, rounds)

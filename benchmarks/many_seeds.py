@@ -8,23 +8,29 @@ scikit-learn's digits with batches of 32: by ``tl.fit`` in a loop ("separate") a
 turns for ``--rounds`` rounds after a warm-up; a speed-up is the median over the rounds of (seconds
 separate / seconds together), with the interval of ``timing.median_interval``.
 The agreement is the largest difference of final training losses. Cases with wide convolutions,
-where ``fit_many`` would fall back to ``fit``, are stacked all the same, to show why it does. Writes
+where ``fit_many`` would fall back to ``fit``, are stacked all the same, to show why it does. Of one
+more run together the parts are timed, to show what is left to gain. Writes
 ``data/results/many_seeds.json`` and ``benchmarks/plots/many_seeds.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
 
 import matplotlib
 import torch
 from torch import nn
 
 import tlcourse as tl
-from tlcourse import stacking
+from tlcourse import many, stacking
 from tlcourse.datasets import BatchLoader
 from tlcourse.evaluation import Interval
 from tlcourse.locations import data_dir
@@ -73,6 +79,15 @@ def glyphnet_head() -> nn.Module:
     return model
 
 
+PARTS: dict[str, tuple[type, str]] = {
+    "forward passes": (stacking.Stack, "logits"),
+    "backward passes": (torch.Tensor, "backward"),
+    "AdamW": (torch.optim.AdamW, "step"),
+    "clipping": (many.Together, "clip"),
+    "evaluation": (many.Together, "evaluate"),
+    "batches": (stacking.Source, "next_step"),
+    "records": (many.Lane, "attempt"),
+}
 IMAGE, SCENE = (1, 8, 8), (3, 32, 32)
 CASES = {
     "mlp": Case("MLP 64-64-10", mlp, (64,), 88),
@@ -136,13 +151,48 @@ def together(data: Data) -> list[History]:
     return fit_many(data.models(), loaders, data.val_loader(), config(data.case), SEEDS)
 
 
+def shares(data: Data) -> dict[str, float]:
+    """Of a run together, the share of time in each of ``PARTS``, "the rest" included."""
+    spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    running: list[str] = []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            running.append(part)
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                running.pop()
+                if not running:  # a part within another counts as that one
+                    spent[part] += time.perf_counter() - start
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for part, (owner, name) in PARTS.items():
+            patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        start = time.perf_counter()
+        together(data)
+        whole = time.perf_counter() - start
+    found = {part: seconds / whole for part, seconds in spent.items()}
+    return found | {"the rest": 1 - sum(found.values())}
+
+
 def measure(case: Case, rounds: int) -> Timings:
     data = Data(case)
     pairs = zip(separate(data), together(data), strict=True)
     apart = max(abs(a.train_loss[-1] - b.train_loss[-1]) for a, b in pairs)
     ways = {"separate": lambda: separate(data), "together": lambda: together(data)}
-    facts = {"label": case.label, "steps": case.num_steps}
-    return take_turns(ways, rounds, facts=facts | {"largest_loss_difference": apart})
+    timings = take_turns(ways, rounds)
+    runs = [shares(data) for _ in range(rounds)]
+    facts = {
+        "label": case.label,
+        "steps": case.num_steps,
+        "largest_loss_difference": apart,
+        "shares": {part: median(run[part] for run in runs) for part in runs[0]},
+    }
+    return replace(timings, facts=facts)
 
 
 def tables(path: Path) -> str:
@@ -158,6 +208,9 @@ def tables(path: Path) -> str:
         cells = [case.facts["label"], *medians]
         cells += [f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in ratios]
         lines.append(f"| {' | '.join(cells)} | {case.facts['largest_loss_difference']:.0e} |")
+    for case in list(load_timings(path).values())[:1]:
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in case.facts["shares"].items())
+        lines += ["", f"{case.facts['label']}, time of a run together: {parts}."]
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tlcourse as tl
-from tlcourse import checkpoints, locations, resuming
+from tlcourse import checkpoints, locations, recording, resuming, saving
 from tlcourse.config import TrainConfig
 from tlcourse.datasets import BatchLoader
 from tlcourse.recording import TrainingDiverged
@@ -118,6 +118,55 @@ def test_goes_on_with_the_same_bits(make, stopped_after: int, options, tmp_path:
         assert torch.equal(resumed.state_dict()[name], x), name
 
 
+def turned(layer: nn.Linear) -> None:
+    """The same weights, in memory column by column."""
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_may_lie_in_memory_in_any_order(optimizer: str, tmp_path: Path) -> None:
+    def fit_turned(loader, folder: Path | None, **options) -> nn.Module:
+        model = Net()
+        turned(model.head)
+        config = settings(folder, optimizer=optimizer, max_grad_norm=None)
+        tl.fit(model, loader, None, config, **options)
+        return model
+
+    loader = BatchLoader(INPUTS, TARGETS, 8)
+    whole = fit_turned(loader, None)
+    with pytest.raises(Stop):
+        fit_turned(StopsAfter(loader, 7), tmp_path)
+    resumed = fit_turned(loader, tmp_path, resume="auto")
+    assert not resumed.head.weight.is_contiguous()
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+
+
+class Around:
+    """A loader of somebody's own around another."""
+
+    def __init__(self, loader) -> None:
+        self.inner = loader
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+def test_chance_in_validation_and_in_a_wrapped_loader_goes_on_too(tmp_path: Path) -> None:
+    def run(loader, folder: Path | None, **options):
+        random.seed(9)
+        np.random.seed(9)
+        return tl.fit(Net(), loader, Around(ours()), settings(folder), **options)
+
+    whole = run(Around(ours()), None)
+    with pytest.raises(Stop):
+        run(StopsAfter(Around(ours()), 10), tmp_path)
+    resumed = run(Around(ours()), tmp_path, resume="auto")
+    assert resumed.train_loss == whole.train_loss and resumed.val_loss == whole.val_loss
+
+
 def test_a_finished_run_gives_its_result_at_once(tmp_path: Path, capsys) -> None:
     model, history = fit_fresh(ours(), settings(tmp_path))
     files = sorted(tmp_path.iterdir())
@@ -161,7 +210,7 @@ def test_time_decides_when_to_save(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         checkpoints,
         "write_checkpoint",
-        lambda f, step, *a: (saved.append(step), write(f, step, *a)),
+        lambda f, step, *a, **k: (saved.append(step), write(f, step, *a, **k)),
     )
     fit_fresh(ours(), settings(tmp_path, checkpoint_minutes=1))
     assert saved == [3, 6, 9, 12, 15, 18, 20]
@@ -203,18 +252,53 @@ def test_a_damaged_newest_checkpoint_is_skipped(damage, tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_run_goes_on_from_before_its_damaged_checkpoints(tmp_path: Path) -> None:
+    """Stopped again and again: what is saved after the damage is newer than the damaged ones."""
+    whole, _ = fit_fresh(ours(), settings(None))
+    with pytest.raises(Stop):
+        fit_fresh(StopsAfter(ours(), 12), settings(tmp_path))
+    for path in tmp_path.glob("best-*"):  # of both checkpoints
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(Stop):
+        fit_fresh(StopsAfter(ours(), 5), settings(tmp_path), resume="auto")
+    assert sorted(path.stem for path in tmp_path.glob("step-*.json"))[-1] == "step-00000005"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed, _ = fit_fresh(ours(), settings(tmp_path), resume="auto")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_damaged_file_of_best_weights_is_not_taken_for_good(tmp_path: Path) -> None:
+    whole, history = fit_fresh(ours(), settings(None))
+    with pytest.raises(Stop):
+        fit_fresh(StopsAfter(ours(), 4), settings(tmp_path, keep_checkpoints=9))
+    [best] = tmp_path.glob("best-*")  # of steps 3 and 4
+    data = bytearray(best.read_bytes())
+    data[-3] ^= 1
+    best.write_bytes(data)
+    with pytest.warns(UserWarning, match="is damaged"):  # goes on after step 2
+        _, again = fit_fresh(ours(), settings(tmp_path, keep_checkpoints=9), resume="auto")
+    assert again.best_step == history.best_step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed, _ = fit_fresh(ours(), settings(tmp_path, keep_checkpoints=9), resume="auto")
+    for name, x in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], x), name
+
+
 def test_a_full_disk_stops_the_save_and_not_the_training(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    real = checkpoints.save_file
+    real = saving.save_file
 
     def full(tensors, path):
         if "00000007" in str(path) or "00000008" in str(path):
             Path(path).write_bytes(b"some")
-            raise checkpoints.SafetensorError("No space left on device (os error 28)")
+            raise saving.SafetensorError("No space left on device (os error 28)")
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     _, history = fit_fresh(ours(), settings(tmp_path))
     assert len(history.step) == 20
     said = capsys.readouterr().err.splitlines()
@@ -234,7 +318,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
         with pytest.raises(OSError):
-            checkpoints._write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(100_000)})
+            saving.save_state({"x": torch.zeros(100_000)}, tmp_path / "a.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -352,6 +436,19 @@ def test_ctrl_c_waits_for_the_step_and_saves(sigint, tmp_path: Path) -> None:
     assert after.stop_reason == "finished"
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sigint", [signal.default_int_handler], indirect=True)
+def test_ctrl_c_in_the_last_evaluation_reaches_the_caller(sigint, tmp_path: Path) -> None:
+    class PressesCtrlC(Around):
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return iter(self.inner)
+
+    config = settings(tmp_path, num_steps=3, checkpoint_minutes=60)
+    with pytest.raises(KeyboardInterrupt), recording.interrupts_raise():
+        tl.fit(Net(), ours(), PressesCtrlC([(INPUTS, TARGETS)]), config)
+    assert (tmp_path / "step-00000003.json").is_file()
 
 
 # SIGKILL (20 kills: benchmarks/kill_and_resume.py)

@@ -82,7 +82,9 @@ def test_warmup_must_end_before_the_run() -> None:
 
 
 def test_takes_numbers_of_numpy() -> None:
-    assert TrainConfig(lr=np.float32(0.5), num_steps=np.int64(3)).num_steps == 3
+    config = TrainConfig(lr=np.float32(0.5), num_steps=np.int64(3), seed=np.int64(2))
+    assert (config.lr, config.num_steps, config.seed) == (0.5, 3, 2)
+    assert {type(config.lr), type(config.num_steps), type(config.seed)} == {float, int}
 
 
 def test_loads_no_torch() -> None:

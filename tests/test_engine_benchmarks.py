@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,14 +55,31 @@ def test_installed_ways_agree_on_the_last_loss(loops: ModuleType, name: str) -> 
         losses = {way: loops.WAYS[way].train(case) for way in loops.available(loops.WAYS)}
     assert max(losses.values()) - min(losses.values()) <= loops.TOLERANCE, losses
     other = loops.make_case(name, 5)  # another schedule, another last batch
-    assert abs(loops.by_hand(other) - losses[loops.HAND]) > 1e-4
+    assert abs(loops.by_hand(other, fused=True) - losses[loops.HAND]) > 1e-4
 
 
 def test_ways_that_differ_are_refused(loops: ModuleType, monkeypatch) -> None:
-    wrong = loops.Way(lambda case: loops.by_hand(case) + 1e-4)
-    monkeypatch.setitem(loops.WAYS, loops.FUSED, wrong)
+    wrong = loops.Way(lambda case: loops.by_hand(case, fused=True) + 1e-4)
+    monkeypatch.setitem(loops.WAYS, loops.PLAIN, wrong)
     with pytest.raises(ValueError, match="last losses differ"):
-        loops.measure(loops.make_case("MLP", 2), [loops.HAND, loops.FUSED], 7)
+        loops.measure(loops.make_case("MLP", 2), [loops.HAND, loops.PLAIN], 7)
+
+
+def test_what_one_way_sets_does_not_slow_the_others(loops: ModuleType, monkeypatch) -> None:
+    seen = []
+
+    def sets(case) -> float:
+        os.environ[loops.NVML_CHECK] = "1"
+        return 0.0
+
+    def sees(case) -> float:
+        seen.append(os.environ.get(loops.NVML_CHECK))
+        return 0.0
+
+    monkeypatch.setitem(loops.WAYS, "sets", loops.Way(sets))
+    monkeypatch.setitem(loops.WAYS, "sees", loops.Way(sees))
+    loops.measure(loops.make_case("MLP", 2), ["sets", "sees"], 7)
+    assert len(seen) == 8 and not any(seen)  # the warm-up too
 
 
 def test_a_peer_that_is_not_installed_is_left_out(loops: ModuleType, monkeypatch, capsys) -> None:

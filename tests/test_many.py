@@ -339,6 +339,31 @@ def test_interruption_keeps_the_best_so_far(with_val: bool, capsys: pytest.Captu
         fit_many(models, Interrupting(batch, 5), val, config)
 
 
+@pytest.mark.usefixtures("stacked")
+def test_losses_of_low_precision_weights_are_not_rounded() -> None:
+    models = [model.to(torch.bfloat16) for model in make()]
+    halves = [(x.to(torch.bfloat16), y) for x, y in loaders(1)[0]]
+    alone = tl.fit(copy.deepcopy(models[0]), halves, None, settings(seed=SEEDS[0]))
+    together = fit_many(models, halves, None, settings(), SEEDS)[0]
+    assert together.train_loss == pytest.approx(alone.train_loss, rel=1e-2)  # bfloat16: .4 %
+    rounded = torch.tensor(together.train_loss).to(torch.bfloat16).tolist()
+    assert together.train_loss != rounded
+
+
+@pytest.mark.usefixtures("stacked")
+def test_an_autocast_around_it_changes_nothing() -> None:
+    outside, inside = make(), make()
+    expected = fit_many(outside, loaders(), val_loader(), settings(), SEEDS)
+    alone = tl.fit(copy.deepcopy(inside[0]), loaders()[0], val_loader(), settings(seed=SEEDS[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = make()[0]
+        history = tl.fit(one, loaders()[0], val_loader(), settings(seed=SEEDS[0]))
+        found = fit_many(inside, loaders(), val_loader(), settings(), SEEDS)
+    assert history.train_loss == alone.train_loss and history.val_loss == alone.val_loss
+    assert [h.train_loss for h in found] == [h.train_loss for h in expected]
+    assert [h.val_loss for h in found] == [h.val_loss for h in expected]
+
+
 def test_models_own_their_weights_afterwards() -> None:
     models = make()
     addresses = [p.data_ptr() for model in models for p in model.parameters()]

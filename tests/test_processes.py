@@ -38,6 +38,8 @@ if batch_norm:
     model.insert(1, nn.BatchNorm1d(8))
 if options.pop("freeze", False):
     tl.freeze(model[0])
+if options.pop("unused", False):
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
 # The last batch of 51 examples in batches of 10 has one: nothing is left for the second process.
 loader = BatchLoader(inputs, targets, 10, shuffle=True, seed=1, drop_last=batch_norm)
 val = BatchLoader(inputs[:25] * 1.5, targets[:25], 8)  # the last batch has one, too
@@ -90,8 +92,8 @@ def assert_same_run(one: dict, other: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"accumulation_steps": 2, "eval_every_steps": 7},
-    {"patience": 2, "lr": 0.3, "optimizer": "sgd", "freeze": True},
-    {"fsdp": True, "eval_every_steps": 7, "max_grad_norm": 0.2},
+    {"patience": 2, "lr": 0.3, "optimizer": "sgd", "freeze": True, "unused": True},
+    {"fsdp": True, "eval_every_steps": 7, "max_grad_norm": 0.2, "optimizer": "sgd"},
     {"fsdp": True, "patience": 2, "lr": 0.3, "freeze": True, "accumulation_steps": 2},
 ], ids=["accumulation", "early stopping", "divided", "divided, early stopping"])  # fmt: skip
 def test_two_processes_give_the_run_of_one(options: dict, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tlcourse.backbones import load_model, save_model
 from tlcourse.freezing import count_parameters, unfreeze
 from tlcourse.prompts import PrefixTuning, PromptTuning
+from tlcourse.saving import load_model, save_model
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

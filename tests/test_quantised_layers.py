@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tlcourse as tl
-from tlcourse.backbones import load_model, save_model
 from tlcourse.quantisation import dequantise, int4_levels, quantise_blockwise
 from tlcourse.quantised_layers import (
     QuantisedLinear,
@@ -22,6 +21,7 @@ from tlcourse.quantised_layers import (
     memory_bytes,
     quantise_linears,
 )
+from tlcourse.saving import load_model, save_model
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from tlcourse.timing import Timings, load_timings, median_interval, save_timings, take_turns
+from tlcourse.timing import (
+    Clocked,
+    Timings,
+    load_timings,
+    median_interval,
+    save_timings,
+    take_turns,
+)
 
 
 def test_every_way_runs_once_a_round_and_each_goes_first_in_turn() -> None:
@@ -46,6 +53,23 @@ def test_median_interval_covers() -> None:
         found = median_interval(rng.lognormal(size=9))
         hits += found.low <= 1.0 <= found.high
     assert hits / 2000 > 0.94
+
+
+def test_clocked_gives_as_many_batches_as_asked_and_times_those_after_the_warm_up() -> None:
+    clocked, given = Clocked(["a", "b"], steps=7, warm_up=2), []
+    assert len(clocked) == 7
+    for batch in clocked:
+        given.append(batch)
+        # The steps before number 2 and the last one are long, and do not count.
+        time.sleep(0.01 if 2 < len(given) < 7 else 0.1)
+    assert given == ["a", "b", "a", "b", "a", "b", "a"]
+    assert 0.01 <= clocked.seconds < 0.05
+
+
+@pytest.mark.parametrize("warm_up", [-1, 6])
+def test_clocked_refuses_what_leaves_no_step(warm_up: int) -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 5\] of 7 steps, got"):
+        Clocked([1], steps=7, warm_up=warm_up)
 
 
 @pytest.mark.parametrize("call", [

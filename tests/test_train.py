@@ -78,7 +78,7 @@ def by_hand(model: nn.Module, loader: list[Batch], config: TrainConfig, num_epoc
     groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     if config.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=config.lr, weight_decay=config.weight_decay
+            groups, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
     else:
         optimizer = torch.optim.SGD(
@@ -605,6 +605,49 @@ def test_real_digits_are_learnt() -> None:
     config = settings(num_epochs=15, lr=1e-2, warmup_steps=10)
     tl.fit(model, loader(order[:900]), loader(order[900:1200]), config)
     assert tl.evaluate(model, loader(order[1200:])).accuracy > 0.93
+
+
+def with_gaps() -> tuple[nn.Linear, torch.Tensor]:
+    """A layer whose weight is a part of a larger tensor."""
+    layer, whole = linear(), torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    layer.weight = nn.Parameter(whole[:, : layer.weight.shape[1]])
+    return layer, whole
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_with_gaps_between_them_train_and_nothing_else_does(optimizer: str) -> None:
+    layer, whole = with_gaps()
+    twin, _ = with_gaps()
+    twin.weight = nn.Parameter(twin.weight.detach().clone())  # without gaps
+    outside = whole[:, layer.weight.shape[1] :].clone()
+    config = settings(num_steps=8, lr=0.05, optimizer=optimizer)
+    for model in (layer, twin):
+        tl.fit(model, batches(6, 6), None, config)
+    torch.testing.assert_close(layer.weight, twin.weight)
+    assert torch.equal(whole[:, layer.weight.shape[1] :], outside)
+
+
+def test_sgd_takes_a_parameter_that_joins_later() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shift, self.calls = linear(), nn.Parameter(torch.zeros(3)), 0
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.layer(inputs) + (self.shift if self.calls > 1 else 0)
+
+    model = Late()
+    history = tl.fit(model, batches(6, 6), None, settings(num_steps=4, optimizer="sgd"))
+    assert history.stop_reason == "finished" and model.shift.abs().max() > 0
+
+
+def test_gradients_from_before_do_not_count() -> None:
+    fresh, used = linear(), linear()
+    (100 * used(torch.ones(1, used.in_features)).square().sum()).backward()
+    histories = [tl.fit(m, batches(6, 6), None, settings(num_steps=3)) for m in (fresh, used)]
+    assert histories[0].train_loss == histories[1].train_loss
+    assert_same_weights(fresh, used)
 
 
 def test_deep_copies_train_alike() -> None:

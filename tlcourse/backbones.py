@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tlcourse.locations import data_dir
@@ -327,59 +327,3 @@ def _pooled(outputs: Any) -> Tensor:
     """One vector for each image from a transformers output: the first token, or the pooled map."""
     hidden = outputs.last_hidden_state
     return hidden[:, 0] if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
-
-
-def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Write every parameter and buffer as safetensors, whole or not at all.
-
-    Raises:
-        ValueError: if a trainable parameter would not be in the file.
-    """
-    storages = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-    lost = [
-        key
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.untyped_storage().data_ptr() not in storages
-    ]
-    if lost:
-        raise ValueError(f"trainable parameter {lost[0]!r} would not be saved; nothing was written")
-    return save_state(model.state_dict(), path)
-
-
-def save_state(state: Mapping[str, Tensor], path: str | Path) -> Path:
-    """Write tensors by name as safetensors, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file({key: value.clone() for key, value in tensors.items()}, partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def load_model(path: str | Path, model: nn.Module) -> nn.Module:
-    """Fill ``model`` with what ``save_model`` wrote; returns the same object.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a key is missing, left over, or has another shape (names the first);
-            the model is then unchanged.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no saved model at {path}")
-    state, own = load_file(path), model.state_dict()
-    for key in sorted(own.keys() ^ state.keys()):
-        where = "the file lacks" if key in own else "the model lacks"
-        raise ValueError(f"{path}: {where} {key!r}; was it saved from another architecture?")
-    for key, value in own.items():
-        if value.shape != state[key].shape:
-            raise ValueError(
-                f"{path}: {key!r} has shape {tuple(state[key].shape)}, "
-                f"the model expects {tuple(value.shape)}"
-            )
-    model.load_state_dict(state)
-    return model

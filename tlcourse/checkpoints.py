@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import re
 import warnings
@@ -23,17 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tlcourse.config import TrainConfig
+from tlcourse.saving import PARTIAL, save_state, write_whole
 
 # What a run may change when it goes on: nothing that its numbers depend on.
 FREE_SETTINGS = {
     "checkpoint_dir", "checkpoint_minutes", "compile", "fsdp", "keep_checkpoints",
     "log_dir", "log_to", "penalty", "progress",
 }  # fmt: skip
-PARTIAL = ".partial"
+_GENERATORS = (torch.Generator, np.random.Generator)
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,21 @@ def write_checkpoint(
     best: tuple[int, Mapping[str, Tensor]] | None,
     facts: Mapping[str, Any],
     keep: int,
+    best_is_there: bool = False,
 ) -> None:
-    """Write a checkpoint; then delete those older than the ``keep`` newest.
+    """Write a checkpoint; then delete those older than the ``keep`` newest, and any of later steps.
+
+    Those of later steps are what a run left that has gone on from an earlier one: damaged.
 
     Args:
         folder: made if need be.
         step: updates made so far.
         tensors: copied to the CPU.
         best: the step with the best weights and these weights, or None. They have a file of
-            their own, written when they change.
+            their own.
         facts: JSON.
         keep: >= 1.
+        best_is_there: the file of the best weights is known to be good, and not written again.
 
     Raises:
         OSError: if the disk is full, say. What was there before is then as it was.
@@ -79,15 +83,15 @@ def write_checkpoint(
     name, content = f"step-{step:08d}", dict(facts)
     if best is not None:
         best_file = folder / f"best-{best[0]:08d}.safetensors"
-        if not best_file.is_file():
-            _write_tensors(best_file, best[1])
+        if not (best_is_there and best_file.is_file()):
+            save_state(best[1], best_file)
         content["best"] = {"file": best_file.name, "sha256": _sha256(best_file)}
     data = folder / f"{name}.safetensors"
-    _write_tensors(data, tensors)
+    save_state(tensors, data)
     content["sha256"] = _sha256(data)
     text = json.dumps(content).encode()
-    _write(folder / f"{name}.json", lambda path: path.write_bytes(text))
-    _prune(folder, keep)
+    write_whole(folder / f"{name}.json", lambda path: path.write_bytes(text))
+    _prune(folder, name, keep)
 
 
 def read_newest(folder: Path) -> Checkpoint | None:
@@ -138,11 +142,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def chance_of(loader: Any) -> dict[str, Tensor]:
+def chance_of(*loaders: Any) -> dict[str, Tensor]:
     """The states of all random generators that a run draws from, as bytes by name.
 
-    Those of torch (CPU and CUDA), Python and NumPy, and those that the loader, its samplers or
-    its data set have as attributes.
+    Those of torch (CPU and CUDA), Python and NumPy, and those that loaders have as attributes, or
+    that the loaders, samplers and data sets in them have.
     """
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -150,7 +154,7 @@ def chance_of(loader: Any) -> dict[str, Tensor]:
     kind, keys, *rest = np.random.get_state()
     states["numpy"] = _to_bytes([kind, np.asarray(keys).tolist(), *rest])
     states["python"] = _to_bytes(random.getstate())
-    for i, generator in enumerate(_generators(loader)):
+    for i, generator in enumerate(_generators(*loaders)):
         is_torch = isinstance(generator, torch.Generator)
         state = generator.get_state() if is_torch else _to_bytes(generator.bit_generator.state)
         states[f"loader.{i}"] = state
@@ -168,23 +172,41 @@ def set_chance(states: Mapping[str, Tensor], loader: Any) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, numbers, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(numbers), gauss))
-    for i, generator in enumerate(_generators(loader)):
+    set_generators(states, loader)
+
+
+def set_generators(states: Mapping[str, Tensor], *loaders: Any) -> None:
+    """Put only the generators of these loaders where ``chance_of`` found them."""
+    for i, generator in enumerate(_generators(*loaders)):
         if isinstance(generator, torch.Generator):
             generator.set_state(states[f"loader.{i}"])
         else:
             generator.bit_generator.state = _from_bytes(states[f"loader.{i}"])
 
 
-def _generators(loader: Any) -> list[Any]:
-    sampler, batches = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    parts = [loader, sampler, batches, getattr(batches, "sampler", None)]
-    parts.append(getattr(loader, "dataset", None))
+def _generators(*loaders: Any) -> list[Any]:
+    """Those of the first loader come first, so that its own numbers are the same without others."""
     found: dict[int, Any] = {}
-    for part in parts:
-        for value in getattr(part, "__dict__", {}).values():
-            if isinstance(value, (torch.Generator, np.random.Generator)):
-                found[id(value)] = value
+    seen: set[int] = set()
+    for loader in loaders:
+        parts = [loader]
+        while parts:
+            part = parts.pop(0)
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            values = list(getattr(part, "__dict__", {}).values())
+            found |= {id(x): x for x in values if isinstance(x, _GENERATORS)}
+            parts += [x for x in values if _gives_examples(x)]
     return list(found.values())
+
+
+def _gives_examples(value: Any) -> bool:
+    """A loader, a sampler or a data set, by what it can do."""
+    if isinstance(value, (Tensor, torch.nn.Module, np.ndarray, type)):
+        return False
+    can = any(hasattr(type(value), name) for name in ("__iter__", "__getitem__"))
+    return can and hasattr(value, "__dict__")
 
 
 def _to_bytes(value: Any) -> Tensor:
@@ -193,24 +215,6 @@ def _to_bytes(value: Any) -> Tensor:
 
 def _from_bytes(data: Tensor) -> Any:
     return json.loads(bytes(data.numpy()))
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
-    _write(path, lambda partial: save_file(copies, partial))
-
-
-def _write(path: Path, write: Any) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -226,18 +230,20 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path.stem, loaded[0], loaded[1] if "best" in facts else None, facts)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete older checkpoints (the JSON first), unused best weights and what a crash left."""
+def _prune(folder: Path, newest: str, keep: int) -> None:
+    """Keep some checkpoints up to the newest; delete others (the JSON first), unused best weights
+    and what a crash left."""
     names = sorted((path.stem for path in folder.glob("step-*.json")), reverse=True)
-    for name in names[keep:]:
+    kept = [name for name in names if name <= newest][:keep]
+    for name in set(names) - set(kept):
         (folder / f"{name}.json").unlink(missing_ok=True)
-    used = set(names[:keep])
-    for name in names[:keep]:
+    used = set(kept)
+    for name in kept:
         with contextlib.suppress(ValueError):  # a damaged one, left for ``read_newest`` to report
             facts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             used.add(Path(facts.get("best", {}).get("file", "")).stem)
     for path in folder.iterdir():
-        ours = re.fullmatch(r"(step|best)-\d{8}\.(safetensors|json)(\.partial)?", path.name)
+        ours = re.fullmatch(r"(step|best)-\d{8}\.(safetensors|json)(\.\d+\.partial)?", path.name)
         if ours and (path.suffix == PARTIAL or path.stem not in used):
             path.unlink(missing_ok=True)
 

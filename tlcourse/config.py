@@ -135,6 +135,9 @@ class TrainConfig:
         _check_choice("compile", self.compile, get_args(Compile))
         _check_choice("monitor", self.monitor, get_args(Monitor))
         _check_choice("log_to", self.log_to, (None, *get_args(Tracker)))
+        for name, value in vars(self).items():
+            if isinstance(value, numbers.Number) and hasattr(value, "item"):
+                object.__setattr__(self, name, value.item())  # NumPy's, which JSON does not know
 
 
 def _check_number(

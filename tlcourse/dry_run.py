@@ -284,12 +284,11 @@ def _state_bytes(
 def _update_temporaries(groups: list[dict[str, Any]], config: TrainConfig, on_gpu: bool) -> int:
     """Bytes that the update of the weights takes for a moment.
 
-    On a GPU none, as the optimizers of ``fit`` are fused there. On the CPU tensors come one by
-    one: AdamW computes a root and its quotient, SGD a gradient with its weight decay.
+    AdamW takes none, as it is fused. SGD computes gradients with their weight decay: on a GPU all
+    of a group at once, on the CPU one after another.
     """
-    if on_gpu:
+    if config.optimizer != "sgd":
         return 0
-    if config.optimizer == "sgd":
-        groups = [group for group in groups if group["weight_decay"]]
-    largest = max((p.nbytes for group in groups for p in group["params"]), default=0)
-    return largest if config.optimizer == "sgd" else 2 * largest
+    together = sum if on_gpu else max
+    decayed = [[p.nbytes for p in group["params"]] for group in groups if group["weight_decay"]]
+    return max((together(sizes) for sizes in decayed if sizes), default=0)

@@ -85,6 +85,7 @@ def fit_many(
         print(f"fit_many trains the models one after another: {reason}.")
         return _one_after_another(runs)
     with ExitStack() as cleanup:
+        cleanup.enter_context(plans[0].no_autocast())
         return Together(runs, sources, plans, cleanup).train()
 
 
@@ -102,7 +103,6 @@ class Together:
         self.optimizer = make_optimizer(runs[0][0], self.config)
         for group in self.optimizer.param_groups:
             group["params"] = [self.stack.rows[name] for name in group["names"]]
-            group["fused"] = True  # one kernel for all tensors, in place of about 15 for each
         self.everyone = [Lane(*run, plan) for run, plan in zip(runs, plans, strict=True)]
         self.lanes = list(self.everyone)
         for lane in self.lanes:
@@ -145,8 +145,7 @@ class Together:
         Args:
             steps: of each model (or of all) the micro-batches of a step.
         """
-        dtype = next(iter(self.stack.rows.values())).dtype
-        losses = torch.zeros(len(self.lanes), dtype=dtype, device=self.plan.device)
+        losses: Tensor | None = None
         for rows, members in alike(steps):
             num_examples = sum(len(targets) for _, targets in members[0])
             for batches in zip(*members, strict=True):
@@ -159,14 +158,20 @@ class Together:
                 if targets.shape[1] < num_examples:
                     loss = loss * (targets.shape[1] / num_examples)  # its share of the step's mean
                 loss.sum().backward()  # no model's loss depends on another's weights
+                if losses is None:
+                    losses = loss.detach().new_zeros(len(self.lanes))
                 losses[rows] += loss.detach()
+        assert losses is not None
         return losses
 
     def clip(self, max_norm: float) -> None:
         """As ``nn.utils.clip_grad_norm_``, for each row."""
         grads = [x.grad for x in self.stack.rows.values() if x.grad is not None]
-        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (M,)
-        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)  # (M,)
+        factors = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if factors.is_cpu and bool((factors == 1.0).all()):
+            return
         for grad in grads:
             grad.mul_(factors.view(-1, *[1] * (grad.ndim - 1)))
 

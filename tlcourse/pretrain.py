@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tlcourse import backbones
+from tlcourse import saving
 from tlcourse.backbones import (
     EMBEDDED,
     HEAD_BIAS,
@@ -103,7 +103,7 @@ def pretrain(name: str, num_steps: int | None = None, folder: Path | None = None
     history = fit(model, train, SceneLoader(recipe.source, 8, 250, VAL_SEED, fixed=True), config)
     path = (folder / f"{name}.safetensors") if folder else checkpoint_path(name)
     head = {HEAD_WEIGHT: model.head.weight, HEAD_BIAS: model.head.bias}
-    backbones.save_state(body.state_dict() | head, path)
+    saving.save_state(body.state_dict() | head, path)
     card = make_card(name, recipe, history, model, path)
     path.with_suffix(".json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return path

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlcourse import backbones
+from tlcourse import backbones, saving
 from tlcourse.cards import check_request, machine_facts, run_facts
 from tlcourse.config import TrainConfig
 from tlcourse.docstrings import PACKAGES, package_prose, place
@@ -168,7 +168,7 @@ def pretrain_text(
     loaders = {part: _loader(name, part, blocks[part], recipe) for part in blocks}
     history = fit(wrapped, loaders["train"], loaders["val"], config)
     target = (folder / f"{name}.safetensors") if folder else backbones.checkpoint_path(name)
-    backbones.save_state(_compact(model), target)
+    saving.save_state(_compact(model), target)
     card = _card(name, recipe, history, wrapped, loaders["test"], target, packages)
     card["trained_on"] += f" {blocks['train'].numel():,} tokens in {len(blocks['train']):,} blocks."
     target.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -46,9 +46,9 @@ class Processes:
         """
         if self.size == 1 or any(hasattr(p, "full_tensor") for p in model.parameters()):
             return model
-        return DistributedDataParallel(
-            model, [self.device] if self.device.index is not None else None
-        )
+        devices = [self.device] if self.device.index is not None else None
+        # A parameter that a step does not use is left alone, as in one process.
+        return DistributedDataParallel(model, devices, find_unused_parameters=True)
 
     def rows(self, inputs: Any, targets: Tensor) -> tuple[Any, Tensor, int]:
         """This process's rows of a batch, and how many there are.

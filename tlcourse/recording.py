@@ -105,12 +105,17 @@ class Plan:
     def lr_factor(self, step: int) -> float:
         return lr_factor(step, self.num_steps, self.config.warmup_steps, self.config.schedule)
 
+    def no_autocast(self) -> AbstractContextManager[Any]:
+        """For the whole run: what the caller has switched on is off, in backward passes, too."""
+        if not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
     def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type):
-            return nullcontext()  # costs nothing, where switching off what is off does
-        enabled = self.dtype != torch.float32
-        dtype = self.dtype if enabled else None
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+        """For forward passes, inside ``no_autocast``."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def evaluates_after(self, step: int) -> bool:
         every = self.config.eval_every_steps or self.steps_per_epoch

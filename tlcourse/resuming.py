@@ -108,6 +108,7 @@ class Saver:
             None if self.config.checkpoint_dir is None else Path(self.config.checkpoint_dir)
         )
         self.last_time, self.last_step, self.interrupted = time.monotonic(), 0, False
+        self.best_written: int | None = None  # the step of the best weights, if their file is good
         self.processes = recorder.plan.processes
         check_resume(resume, self.folder)
         if self.folder is not None:
@@ -129,6 +130,8 @@ class Saver:
             signal.signal(signal.SIGINT, self.handler)
         if kind is None and self.folder is not None and self.last_step < self.recorder.done:
             self._save(self.folder)
+        if kind is None and self.interrupted:  # in the evaluation that ended the run, say
+            raise KeyboardInterrupt
 
     def after_step(self) -> None:
         """Save if it is time to."""
@@ -160,7 +163,11 @@ class Saver:
         problem, keep, tensors = None, self.config.keep_checkpoints, self._tensors()
         try:
             if self.processes.first:
-                checkpoints.write_checkpoint(folder, self.recorder.done, tensors, best, facts, keep)
+                checkpoints.write_checkpoint(
+                    folder, self.recorder.done, tensors, best, facts, keep,
+                    best_is_there=best_step is not None and best_step == self.best_written,
+                )  # fmt: skip
+            self.best_written = best_step
         except OSError as error:
             problem = error
             print(
@@ -177,7 +184,7 @@ class Saver:
         for index, state in self.optimizer.state_dict()["state"].items():
             found = {key: whole(x) for key, x in state.items() if x is not None}
             tensors |= {f"optimizer.{index}.{key}": x for key, x in found.items()}
-        now = checkpoints.chance_of(self.batches.loader)
+        now = checkpoints.chance_of(self.batches.loader, self.recorder.val_loader)
         for place, states in (("before", self.batches.chance), ("now", now)):
             tensors |= {f"{place}.{name}": x for name, x in states.items()}
         return tensors
@@ -198,7 +205,7 @@ class Saver:
             index, _, key = name.partition(".")
             # Averages of a weight are divided as it is; the count of steps is one number.
             weight = weights[int(index)]
-            value = part_like(x, weight) if x.shape == weight.shape else x
+            value = as_stored(x, weight) if x.shape == weight.shape else x
             state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -208,7 +215,8 @@ class Saver:
         ended = history.stopped_early
         done = self.batches.num_steps if ended else facts["step"]
         self.batches.go_to(done, facts["taken"], parts["before"], parts["now"])
-        self.last_step = facts["step"]
+        checkpoints.set_generators(parts["now"], self.batches.loader, self.recorder.val_loader)
+        self.last_step, self.best_written = facts["step"], history.best_step
         self.recorder.last_checkpoint = f"{found.name} in {folder}"
         if not self.processes.first:
             return
@@ -230,6 +238,16 @@ class Saver:
             "what is trained": {name: list(x.shape) for name, x in trained.items()},
             "frozen weights": checkpoints.fingerprint(frozen),
         }
+
+
+def as_stored(value: Tensor, weight: Tensor) -> Tensor:
+    """A whole value, divided among processes as the weight is, or laid out in memory like it.
+
+    A fused optimizer pairs what lies at the same place.
+    """
+    if hasattr(weight, "full_tensor"):
+        return part_like(value, weight)
+    return torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def check_resume(resume: Resume, folder: Path | None) -> None:

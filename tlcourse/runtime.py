@@ -56,7 +56,7 @@ def setup(seed: int = 0, profile: str | None = None) -> Runtime:
     if chosen not in ("tiny", "full"):
         raise ValueError(f"profile must be 'tiny' or 'full', got {chosen!r}")
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # sets torch's old and new switches alike
     run = Runtime(device, default_precision(device), chosen, seed)
     print(run)
     if os.environ.get("COLAB_RELEASE_TAG") and device.type == "cpu":

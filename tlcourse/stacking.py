@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from tlcourse.config import no_penalty
-from tlcourse.inference import Inputs, Loader, check_targets, forward, inference, unpack
+from tlcourse.datasets import BatchLoader
+from tlcourse.inference import (
+    Inputs,
+    Loader,
+    check_targets,
+    device_of,
+    forward,
+    inference,
+    unpack,
+)
 from tlcourse.recording import Plan
 from tlcourse.resuming import MicroBatch, StepBatches
 from tlcourse.train import resident
@@ -48,6 +57,9 @@ class Stack:
             else:
                 self.rows[name] = torch.stack(column).requires_grad_(first.requires_grad)
         self.homes = [{n: x.data for n, x in _tensors(m) if n in self.rows} for m in models]
+        everywhere = models[0].named_parameters(remove_duplicate=False)
+        names = [*everywhere, *models[0].named_buffers(remove_duplicate=False)]
+        self.tied = len(names) > len(columns[0])  # a tensor has two names; finding it takes time
 
     def bind(self) -> None:
         """Let the models' tensors be views of the rows, so that they always have its values."""
@@ -87,7 +99,8 @@ class Stack:
         }
 
         def one(weights: dict[str, Tensor], inputs: Inputs) -> Tensor:
-            return functional_call(self.net, {**self.common, **weights}, (inputs,))
+            weights = {**self.common, **weights}
+            return functional_call(self.net, weights, (inputs,), tie_weights=self.tied)
 
         if not each:
             inputs = (
@@ -127,6 +140,7 @@ class Source:
             self.begun: Iterator[Any] | None = iter(self.loader)
             self.first = next(self.begun, None)
         self.steps = iter(StepBatches(self, plan.num_steps, plan.config.accumulation_steps))
+        self.draws = type(loader) is not BatchLoader or loader.transform is not None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -134,11 +148,14 @@ class Source:
     def __iter__(self) -> Iterator[Any]:
         begun, self.begun = self.begun, None
         if begun is not None and self.first is not None:
-            torch.set_rng_state(self.state)  # as the first batch left it
+            if self.draws:
+                torch.set_rng_state(self.state)  # as the first batch left it
             yield self.first
         yield from self.loader if begun is None else begun
 
     def next_step(self) -> list[MicroBatch]:
+        if not self.draws:  # it has a generator of its own
+            return next(self.steps)
         with self.chance():
             return next(self.steps)
 
@@ -158,12 +175,14 @@ class _Logits(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.device = model, device_of(model)
+        self.buffered = [(part, name) for part in model.modules() for name in part._buffers]
 
     def forward(self, inputs: Inputs) -> Tensor:
-        before = list(self.model.buffers())
-        logits = forward(self.model, inputs)
-        if any(a is not b for a, b in zip(before, self.model.buffers(), strict=True)):
+        before = [part._buffers[name] for part, name in self.buffered]
+        logits = forward(self.model, inputs, self.device)
+        after = [part._buffers[name] for part, name in self.buffered]
+        if any(a is not b for a, b in zip(before, after, strict=True)):
             raise RuntimeError("the forward pass replaces a buffer (change it in place)")
         return logits
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,43 @@ def take_turns(
             wall[name].append(time.perf_counter() - start[0])
             cpu[name].append(time.process_time() - start[1])
     return Timings(wall, cpu, dict(facts or {}))
+
+
+class Clocked:
+    """A loader's batches, over and over, with the time of the steps after a warm-up.
+
+    The clock is read when batch ``warm_up`` (from 0) is asked for, and again when the last one is,
+    as not every training loop asks once more after it. A GPU is waited for both times.
+
+    Args:
+        loader: its batches are given as they come, for ``steps`` steps in all.
+        steps: > warm_up + 1.
+        warm_up: steps that are not timed, such as those in which a model is compiled.
+
+    Raises:
+        ValueError: if no step would be timed.
+
+    Attributes:
+        seconds: mean wall time of a timed step, once the last batch was asked for.
+    """
+
+    def __init__(self, loader: Any, steps: int, warm_up: int) -> None:
+        if not 0 <= warm_up < steps - 1:
+            raise ValueError(f"warm_up must be in [0, {steps - 2}] of {steps} steps, got {warm_up}")
+        self.loader, self.steps, self.warm_up, self.seconds = loader, steps, warm_up, 0.0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        endless = chain.from_iterable(repeat(self.loader))  # the loader must not be empty
+        last, start = self.steps - 1, 0.0
+        for step, batch in enumerate(islice(endless, self.steps)):
+            if step in (self.warm_up, last):
+                _synchronise()
+                now = time.perf_counter()
+                self.seconds, start = (now - start) / (last - self.warm_up), now
+            yield batch
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:

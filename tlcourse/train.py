@@ -66,6 +66,7 @@ def fit(
     val_loader = None if val_loader is None else resident(val_loader, plan.device)
     with (
         seeded(config.seed),
+        plan.no_autocast(),
         fast_convolutions(model),
         sharded(model, plan.processes, config.fsdp, TrainingDiverged) as trained,
     ):
@@ -92,6 +93,8 @@ def _train(
         forward = Forward(model, config.compile, plan.num_steps, plan.processes)
         gradient = StepGradient(forward, scaler, recorder)
         model.train()
+        for parameter in trainable:  # what an earlier backward pass may have left
+            parameter.grad = None
         for micro_batches in batches:
             factor = plan.lr_factor(recorder.done)
             for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
@@ -187,12 +190,16 @@ class StepGradient:
 def clip(parameters: list[nn.Parameter], max_norm: float) -> None:
     """``clip_grad_norm_``; on a CPU, where looking is free, without multiplying by one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients))
     if gradients and hasattr(gradients[0], "full_tensor"):  # divided among processes
+        norm = whole(nn.utils.get_total_norm(gradients))
         for gradient in gradients:
             gradient.mul_(min(1.0, max_norm / (norm.item() + 1e-6)))
-    elif norm.is_cuda or not norm.item() + 1e-6 <= max_norm:  # NaN is not, either
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    elif gradients and gradients[0].is_cpu:
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        if not norm.item() + 1e-6 <= max_norm:  # NaN is not, either
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    else:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def cut(batch: MicroBatch, pieces: int) -> list[MicroBatch]:
@@ -208,12 +215,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     groups = parameter_groups(
         model, config.lr, config.weight_decay, config.head_lr, config.layer_decay
     )
-    # One kernel for all parameters on a GPU. On the CPU torch's default, so that a loop
-    # written out by hand gives the same bits.
-    fused = device_of(model).type == "cuda" or None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    # Fused: one kernel updates all tensors, where torch's default starts about 15 for each. Sums
+    # come in another order, so the last bits are not those of the default.
+    fused = all(is_dense(p) and p.is_floating_point() for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its numbers lie side by side, in any order; a fused kernel would walk into a gap."""
+    if hasattr(tensor, "full_tensor"):  # divided among processes: each part was made dense
+        return True
+    # Only of a dense tensor a copy has the same strides.
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def resident(loader: Loader, device: torch.device) -> Loader:
