@@ -9,10 +9,11 @@ fine-tuning, our LoRA and peft's take turns, each eager ("defaults") and through
 
 - CPU: MiniLM, 16 texts of 64 tokens, float32, one thread. Memory is counted from tensors: weights,
   gradients, state of the optimizer, and what autograd keeps for the backward pass.
-- GPU, where there is one: an encoder of the size of BERT-base with random weights, 128 texts of 128
-  tokens, bf16 autocast. Memory is the peak of the allocator in a step.
+- GPU: an encoder of the size of BERT-base with random weights, 128 texts of 128 tokens, bf16
+  autocast. Memory is the peak of the allocator in a step.
 
-Writes ``data/results/lora_step.json`` and, of the GPU, ``lora_step_gpu.json``, each with a plot.
+Without ``--only`` it measures on the GPU, if there is one, else on the CPU. Writes
+``data/results/lora_step.json``, of a GPU ``lora_step_gpu.json``, and a plot.
 """
 
 from __future__ import annotations
@@ -207,18 +208,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=12, help=argparse.SUPPRESS)
     parser.add_argument("--texts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    everywhere = ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
-    for part in (options.only,) if options.only else everywhere:
-        name, threads = {"cpu": "lora_step", "gpu": "lora_step_gpu"}[part], torch.get_num_threads()
-        if part == "cpu":
-            torch.set_num_threads(1)
-        cases = measure(part == "gpu", options.layers, options.texts)
-        torch.set_num_threads(threads)
-        out = options.out / f"{name}.json"
-        command = f"python benchmarks/lora_step.py --only {part}"
-        save_timings(out, cases, command, rank=RANK, layers=options.layers)
-        print(tables(out), flush=True)
-        plot(out, (repo_root() or Path()) / "benchmarks" / "plots" / f"{name}.png")
+    part = options.only or ("gpu" if torch.cuda.is_available() else "cpu")
+    name, threads = {"cpu": "lora_step", "gpu": "lora_step_gpu"}[part], torch.get_num_threads()
+    if part == "cpu":
+        torch.set_num_threads(1)
+    cases = measure(part == "gpu", options.layers, options.texts)
+    torch.set_num_threads(threads)
+    out = options.out / f"{name}.json"
+    command = f"python benchmarks/lora_step.py --only {part}"
+    save_timings(out, cases, command, rank=RANK, layers=options.layers)
+    print(tables(out), flush=True)
+    plot(out, (repo_root() or Path()) / "benchmarks" / "plots" / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ a step is timed over ten more. On a CPU each case has a process of its own, and 
 the growth of its resident memory (VmHWM, Linux) from before the model was made, after a small run
 of the same model; malloc is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), so that
 resident memory is memory in use. Models have random weights where they are not embedded. Writes
-`data/results/preflight_memory.json`, and prints a table.
+`data/results/preflight_memory.json`, on a GPU `preflight_memory_gpu.json`, and prints a table.
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def _where() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=data_dir() / "results/preflight_memory.json")
+    name = "preflight_memory_gpu" if torch.cuda.is_available() else "preflight_memory"
+    parser.add_argument("--out", type=Path, default=data_dir() / "results" / f"{name}.json")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -127,11 +127,12 @@ def test_kept_features_of_texts_come_in_the_batches_of_the_texts(benchmark) -> N
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_readme_shows_the_recorded_tables(benchmark, name: str) -> None:
-    recorded = ROOT / "data" / "results" / f"{name}.json"
-    script = ROOT / "benchmarks" / f"{name}.py"
-    if not recorded.is_file() or not script.is_file():
+    results = ROOT / "data" / "results"
+    recorded = [p for p in (results / f"{name}.json", results / f"{name}_gpu.json") if p.is_file()]
+    if not recorded:
         pytest.skip(f"{name} is not recorded")
-    shown = benchmark(name).tables(recorded).strip()
-    assert shown in (ROOT / "benchmarks" / "README.md").read_text("utf-8"), (
-        f"benchmarks/README.md lacks the tables of data/results/{name}.json:\n\n{shown}"
-    )
+    for path in recorded:
+        shown = benchmark(name).tables(path).strip()
+        assert shown in (ROOT / "benchmarks" / "README.md").read_text("utf-8"), (
+            f"benchmarks/README.md lacks the tables of data/results/{path.name}:\n\n{shown}"
+        )
