@@ -65,7 +65,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # other processes may save it
     try:
         write(partial)
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         partial.replace(path)
     except SafetensorError as error:
