@@ -790,9 +790,9 @@ whole_history = tl.fit(whole, fresh_batches(), None, twelve)
 # A rename has happened or it has not; there is no half of it.
 #
 # ```text
-# step-00000007.safetensors.partial   being written: does not count
-# step-00000007.safetensors           all tensors, renamed: does not count yet
-# step-00000007.json                  the rest, and a checksum of the tensors: now it counts
+# step-00000007.safetensors.812.partial   being written by process 812: does not count
+# step-00000007.safetensors               all tensors, renamed: does not count yet
+# step-00000007.json                      the rest, and a checksum of the tensors: now it counts
 # ```
 #
 # Now the accident. This loader gives seven batches, and then the machine is gone.
