@@ -792,7 +792,7 @@ whole_history = tl.fit(whole, fresh_batches(), None, twelve)
 # ```text
 # step-00000007.safetensors.812.partial   being written by process 812: does not count
 # step-00000007.safetensors               all tensors, renamed: does not count yet
-# step-00000007.json                      the rest, and a checksum of the tensors: now it counts
+# step-00000007.json                      the rest, with a checksum: now it counts
 # ```
 #
 # Now the accident. This loader gives seven batches, and then the machine is gone.
